@@ -1,0 +1,3 @@
+from distill_nb.cli import main
+
+main()

@@ -1,0 +1,240 @@
+"""The command from end to end, and what it says when something is wrong."""
+import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from distill_nb import cli
+from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, make_teacher, run_command, table, text_table, verdicts
+from distill_nb.data import digits
+from distill_nb.models import build_model, load_weights, read_weights, save_weights
+from distill_nb.training import evaluate
+
+QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
+COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms', 'seconds'}
+
+
+def command(*argv): return run_command(distill_nb, [str(a) for a in argv])
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('cli')/'run'
+    assert command(*QUICK, '--out', folder) == 0
+    return folder
+
+
+def photos(folder, size=16, n=40, classes=('cat', 'dog', 'owl')):
+    for split in ('train', 'test'):
+        for c, name in enumerate(classes):
+            (folder/split/name).mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                x = torch.randint(0, 60, (size, size, 3)) + torch.tensor([90 * (c == k) for k in range(3)])
+                Image.fromarray(x.to(torch.uint8).numpy()).save(folder/split/name/f'{i}.png')
+    return folder
+
+
+# --- a whole run
+
+def test_a_run_leaves_all_that_it_promises(finished):
+    assert {p.name for p in finished.iterdir()} == {'result.json', 'curves.png', 'comparison.png', 'teacher.safetensors', 'student.safetensors', 'recipe.json', 'report.html', 'work'}
+    result = json.loads((finished/'result.json').read_text())
+    assert {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'} <= set(result)
+    rows = {(r['setting'], r['model']): r for r in result['rows']}
+    assert set(rows) == {(s, m) for s in ('all_labels', 'few_labels') for m in ('teacher', 'alone', 'distilled')}
+    for (_, model), r in rows.items():
+        assert COLUMNS <= set(r) and 0 <= r['accuracy'] <= 1 and 0 <= r['ci95'] and r['latency_ms'] > 0
+        assert ('difference' in r) == (model == 'distilled')
+        if model == 'distilled':
+            low, high = r['difference_ci95']
+            assert low <= r['difference'] <= high
+    assert rows['all_labels', 'alone']['parameters'] == 678 and rows['all_labels', 'teacher']['agreement'] == 1
+    assert result['command'].startswith('distill_nb --temperature 4.0 --alpha 0.9 --epochs 2.0')
+    for name in ('curves.png', 'comparison.png'): assert Image.open(finished/name).size[0] > 500
+
+
+def test_the_weights_are_those_that_were_reported(finished):
+    data, result = digits(), json.loads((finished/'result.json').read_text())
+    teacher = load_weights(build_model('digit_teacher', 10, 1, 8), finished/'teacher.safetensors')
+    row = next(r for r in result['rows'] if r['model'] == 'teacher')
+    assert evaluate(teacher, data.test).accuracy == pytest.approx(row['accuracy'])
+    student = load_weights(build_model('digit_student', 10, 1, 8), finished/'student.safetensors')
+    about = read_weights(finished/'student.safetensors')[1]
+    assert evaluate(student, data.valid).accuracy == pytest.approx(float(about['valid_accuracy'])) and about['trained'] == 'distilled'
+    assert (finished/'student.safetensors').stat().st_size == pytest.approx(next(r['bytes'] for r in result['rows'] if r['model'] == 'alone'), abs=400)
+
+
+def test_the_report_needs_nothing_beside_it(finished):
+    page = (finished/'report.html').read_text()
+    assert page.count('data:image/png;base64,') == 2 and not re.search(r'(?:src|href)=.(?!data:)', page)
+    for r in json.loads((finished/'result.json').read_text())['rows']: assert f"{100 * r['accuracy']:.2f}" in page
+
+
+def test_a_finished_run_is_only_read_again_when_asked(finished, capsys):
+    before = json.loads((finished/'result.json').read_text())
+    assert command(*QUICK, '--out', finished) == 2
+    assert '--resume' in capsys.readouterr().err
+    assert command(*QUICK, '--out', finished, '--resume') == 0
+    after = json.loads((finished/'result.json').read_text())
+    strip = lambda r: [{k: v for k, v in row.items() if k not in ('latency_ms', 'seconds')} for row in r['rows']]
+    assert strip(after) == strip(before)
+
+
+def test_a_killed_run_resumes_to_the_same_result(finished, tmp_path):
+    folder = tmp_path/'run'
+    p = subprocess.Popen([sys.executable, '-m', 'distill_nb', *QUICK, '--out', str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while p.poll() is None and not list(folder.glob('work/all_labels/*/checkpoint.safetensors')): time.sleep(0.01)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert not (folder/'result.json').exists()
+    assert command(*QUICK, '--out', folder, '--resume') == 0
+    accuracies = lambda f: [r['accuracy'] for r in json.loads((f/'result.json').read_text())['rows']]
+    assert accuracies(folder) == accuracies(finished)
+
+
+def test_a_folder_of_photos_and_the_choice_of_temperature_and_alpha(tmp_path, capsys):
+    data = photos(tmp_path/'photos')
+    assert command('--data', f'folder:{data}', '--teacher', 'digit_teacher', '--student', 'digit_student', '--epochs', 2, '--seeds', 2, '--labels', 6, '--alpha', 0.5,
+                   '--lr', 0.02, '--batch_size', 8, '--precision', 'float32', '--out', tmp_path/'run') == 0
+    result = json.loads((tmp_path/'run'/'result.json').read_text())
+    assert {len(t) for t in result['tries'].values()} == {3} and all(t['alpha'] == 0.5 for tries in result['tries'].values() for t in tries)
+    assert result['labelled_images']['few_labels'] == 6
+    assert 'chosen on the validation split' in capsys.readouterr().out
+
+
+def test_trained_weights_bring_their_normalisation_and_are_not_trained_again(finished, tmp_path):
+    train = digits().train
+    model, trained, normalisation = make_teacher('digit_teacher', str(finished/'teacher.safetensors'), train)
+    assert trained and normalisation == (train.mean, train.std)
+    assert command(*QUICK, '--teacher_weights', finished/'teacher.safetensors', '--labels', 0, '--out', tmp_path/'run') == 0
+    rows = json.loads((tmp_path/'run'/'result.json').read_text())['rows']
+    assert {r['setting'] for r in rows} == {'all_labels'} and rows[0]['seconds'] == 0
+
+
+# --- bad input: one line, exit code 2, nothing written
+
+@pytest.fixture(scope='module')
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('bad')
+    (folder/'damaged.safetensors').write_bytes(b'no weights')
+    save_weights(build_model('digit_student', 10, 1, 8), folder/'student.safetensors')
+    save_weights(build_model('digit_teacher', 10, 1, 8), folder/'guessing.safetensors')
+    (folder/'other').mkdir()
+    (folder/'other'/'notes.txt').write_text('mine')
+    photos(folder/'damaged_photos')
+    (folder/'damaged_photos'/'train'/'cat'/'0.png').write_bytes(b'\x89PNG but not really')
+    photos(folder/'one_class', classes=('cat',))
+    (folder/'empty').mkdir()
+    return folder
+
+
+@pytest.mark.parametrize('argv,said', [
+    (['--temperature', '0'], 'temperature'), (['--temperature', '-3'], 'temperature'), (['--temperature', 'warm'], 'temperature'), (['--alpha', '1.5'], 'alpha'), (['--alpha', '-1'], 'alpha'),
+    (['--epochs', '0'], 'epochs'), (['--teacher_epochs', '-1'], 'epochs'), (['--seeds', '0'], 'seeds'), (['--batch_size', '0'], 'batch_size'), (['--lr', 'nan'], 'lr'), (['--size', '0'], 'size'),
+    (['--labels', '-1'], 'labels'), (['--labels', '5000'], 'labels'), (['--labels', '3'], '10 classes'), (['--data', 'digit'], 'digits'), (['--data', 'folder:/nowhere'], '/nowhere'), (['--data', 'folder:EMPTY'], 'empty'),
+    (['--data', 'folder:ONE'], 'class'), (['--data', 'folder:DAMAGED'], '0.png'), (['--teacher', 'resnet57'], 'resnet56'), (['--student', 'torchvision:resnet19'], 'resnet18'),
+    (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'BAD/damaged.safetensors'], 'damaged'), (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
+    (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'), (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'), (['--out', 'BAD/other'], 'holds no run')])
+def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_path, capsys):
+    places = {'BAD': str(bad_files), 'DAMAGED': str(bad_files/'damaged_photos'), 'ONE': str(bad_files/'one_class'), 'EMPTY': str(bad_files/'empty')}
+    argv = [next((a.replace(k, v) for k, v in places.items() if k in a), a) for a in argv]
+    out = tmp_path/'run'
+    before = sorted(p.name for p in (bad_files/'other').iterdir())
+    try: code = command(*argv, *([] if '--out' in argv else ['--out', out]))
+    except SystemExit as e: code = e.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.count('\n') == 1 and err.startswith('distill_nb: ') and said in err, err
+    assert not out.exists() and sorted(p.name for p in (bad_files/'other').iterdir()) == before
+
+
+def test_damaged_images_can_be_skipped(bad_files, tmp_path, capsys):
+    assert command('--data', f"folder:{bad_files/'damaged_photos'}", '--skip_damaged', *QUICK, '--teacher', 'digit_teacher', '--student', 'digit_student', '--labels', 0, '--out', tmp_path/'run') == 0
+    assert '0.png' in capsys.readouterr().err
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(finished, capsys):
+    before = (finished/'result.json').read_bytes()
+    assert command(*QUICK[:-2], '--alpha', 0.5, '--out', finished, '--resume') == 2
+    err = capsys.readouterr().err
+    assert 'holds another run (alpha was 0.9 and is 0.5)' in err and err.count('\n') == 1
+    assert (finished/'result.json').read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_written_run(tmp_path, monkeypatch, capsys):
+    def full(fd): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    assert command(*QUICK, '--out', tmp_path/'run') == 2
+    err = capsys.readouterr().err
+    assert 'No space left on device' in err and err.count('\n') == 1 and not (tmp_path/'run').exists()
+
+
+def test_a_disk_that_fills_later_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
+    sync, calls = os.fsync, []
+    def fills(fd):
+        calls.append(fd)
+        if len(calls) > 3: raise OSError(28, 'No space left on device')
+        sync(fd)
+    monkeypatch.setattr(os, 'fsync', fills)
+    assert command(*QUICK, '--out', tmp_path/'run') == 2
+    assert 'No space left' in capsys.readouterr().err
+    assert list((tmp_path/'run').rglob('checkpoint.safetensors')) and not list((tmp_path/'run').rglob('*.tmp'))
+    monkeypatch.setattr(os, 'fsync', sync)
+    assert command(*QUICK, '--out', tmp_path/'run', '--resume') == 0
+
+
+def test_missing_weights_and_data_without_a_network_are_explained(tmp_path, monkeypatch, capsys):
+    import urllib.request
+    def refuse(*a, **k): raise OSError('network is unreachable')
+    monkeypatch.setattr(urllib.request, 'urlopen', refuse)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'torch'))
+    assert command('--data', 'cifar10', '--root', tmp_path/'data', '--out', tmp_path/'run') == 2
+    err = capsys.readouterr().err
+    assert 'https://' in err and str(tmp_path/'data') in err and err.count('\n') == 1
+    assert command('--teacher', 'torchvision:resnet18', '--teacher_weights', 'imagenet', '--data', f"folder:{photos(tmp_path/'photos')}", '--out', tmp_path/'run') == 2
+    err = capsys.readouterr().err
+    assert 'https://download.pytorch.org' in err and 'checkpoints' in err and err.count('\n') == 1
+    assert not (tmp_path/'run').exists()
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
+    def stop(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, 'run_setting', stop)
+    assert command(*QUICK, '--out', tmp_path/'run') == 130
+    assert '--resume' in capsys.readouterr().err and (tmp_path/'run').exists()
+
+
+def test_python_m_is_the_command():
+    p = subprocess.run([sys.executable, '-m', 'distill_nb', '--help'], capture_output=True, text=True)
+    assert p.returncode == 0
+    for option in ('data', 'teacher', 'student', 'teacher_weights', 'size', 'labels', 'temperature', 'alpha', 'epochs', 'seeds', 'out', 'resume', 'device', 'precision'):
+        assert f'--{option}' in p.stdout
+
+
+# --- small parts
+
+def test_presets_build():
+    for name, (channels, size) in {'digits': (1, 8), 'mnist': (1, 28), 'cifar10': (3, 32), 'cifar100': (3, 32)}.items():
+        for model in (PRESETS[name].teacher, PRESETS[name].student): build_model(model, 10, channels, size)
+
+
+def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert free_folder('digits') == Path('runs/digits')
+    Path('runs/digits').mkdir(parents=True)
+    Path('runs/digits-2').mkdir()
+    assert free_folder('digits') == Path('runs/digits-3') and free_folder('folder:/a/photos/') == Path('runs/photos')
+
+
+def test_the_command_line_makes_the_run_again():
+    import inspect
+    options = {k: p.default for k, p in inspect.signature(distill_nb).parameters.items()}
+    assert command_line(options, Path('r')) == 'distill_nb --out r'
+    assert command_line(options | {'data': 'folder:my photos', 'skip_damaged': True, 'resume': True}, Path('r')) == "distill_nb --data 'folder:my photos' --skip_damaged --out r"
+
+
+@pytest.mark.parametrize('ci,said', [([0.01, 0.02], 'helped'), ([-0.01, 0.02], 'no effect'), ([-0.02, -0.01], 'hurt'), (None, 'one seed')])
+def test_verdicts_read_the_interval(ci, said):
+    row = {'setting': 'few_labels', 'model': 'distilled', 'difference': 0.01, 'difference_ci95': ci, 'temperature': 4., 'alpha': 0.9}
+    assert said in verdicts([row])[0]

@@ -1,0 +1,521 @@
+"""Every loss against a float64 reference that is written from its paper's equation, one number at a time.
+
+The references below share nothing with the library: plain loops over float64 scalars, probabilities computed
+the way the papers write them. Their gradients come from autograd over these loops or from finite differences.
+"""
+import copy, math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.nn import functional as F
+
+from distill_nb.losses import (UNLABELLED, DistillationLoss, dist_loss, dkd_loss, hard_loss, jsd_loss, kd_loss, log_soften,
+                               reverse_kl_loss, standardize, upcast)
+
+quick = settings(deadline=None, max_examples=20)
+
+
+# ---- references: float64, one scalar at a time ----
+
+def probabilities(row, T):
+    "exp(z_i / T) / sum_j exp(z_j / T), with the largest taken out as a constant."
+    top = max(v.item() for v in row)
+    e = [torch.exp((v - top) / T) for v in row]
+    total = sum(e)
+    return [x / total for x in e]
+
+def ref_kl(p, q): return sum(a * (torch.log(a) - torch.log(b)) for a, b in zip(p, q))
+
+def rows(x): return [[x[b, c] for c in range(x.shape[1])] for b in range(x.shape[0])]
+
+def pairs(z, v, T): return [(probabilities(a, T), probabilities(b, T)) for a, b in zip(rows(z), rows(v))]  # (q, p)
+
+def ref_kd(z, v, T): return T**2 * sum(ref_kl(p, q) for q, p in pairs(z, v, T)) / len(z)
+
+def ref_reverse(z, v, T): return T**2 * sum(ref_kl(q, p) for q, p in pairs(z, v, T)) / len(z)
+
+def ref_jsd(z, v, T, beta):
+    total = 0.
+    for q, p in pairs(z, v, T):
+        m = [beta * a + (1 - beta) * b for a, b in zip(p, q)]
+        total = total + beta * ref_kl(p, m) + (1 - beta) * ref_kl(q, m)
+    return T**2 * total / len(z)
+
+def ref_ce(z, y):
+    return sum(-torch.log(probabilities(row, 1.)[t]) for row, t in zip(rows(z), y) if t != UNLABELLED) / len(z)
+
+def ref_dkd(z, v, y, T, alpha, beta):
+    total = 0.
+    for (q, p), t in zip(pairs(z, v, T), y):
+        rest_p, rest_q = (sum(x for i, x in enumerate(d) if i != t) for d in (p, q))
+        tckd = p[t] * torch.log(p[t] / q[t]) + rest_p * torch.log(rest_p / rest_q)
+        nckd = sum((a / rest_p) * torch.log((a / rest_p) / (b / rest_q)) for i, (a, b) in enumerate(zip(p, q)) if i != t)
+        total = total + alpha * tckd + beta * nckd
+    return T**2 * total / len(z)
+
+def ref_pearson(a, b):
+    n = len(a)
+    ma, mb = sum(a) / n, sum(b) / n
+    cov = sum((x - ma) * (y - mb) for x, y in zip(a, b))
+    return cov / torch.sqrt(sum((x - ma)**2 for x in a) * sum((y - mb)**2 for y in b))
+
+def ref_dist(z, v, T, inter, intra):
+    both = pairs(z, v, T)
+    by_row = sum(1 - ref_pearson(q, p) for q, p in both) / len(both)
+    columns = [([q[c] for q, _ in both], [p[c] for _, p in both]) for c in range(z.shape[1])]
+    by_column = sum(1 - ref_pearson(q, p) for q, p in columns) / len(columns)
+    return inter * by_row + intra * by_column
+
+def ref_standardize(z):
+    out = []
+    for row in rows(z):
+        mean = sum(row) / len(row)
+        sigma = torch.sqrt(sum((x - mean)**2 for x in row) / len(row))
+        out.append(torch.stack([(x - mean) / sigma for x in row]))
+    return torch.stack(out)
+
+
+# ---- what every comparison uses ----
+
+def draw(seed, B, C, scale):
+    "Student, teacher and labels that depend on `seed` alone, in float64."
+    g = torch.Generator().manual_seed(seed)
+    z, v = (scale * torch.randn(B, C, generator=g, dtype=torch.float64) for _ in range(2))
+    return z, v, torch.randint(C, (B,), generator=g)
+
+cases = dict(seed=st.integers(0, 2**31), B=st.integers(2, 4), C=st.integers(3, 5), scale=st.sampled_from([0.1, 1., 4.]),
+             T=st.sampled_from([0.7, 1., 3., 4., 20.]))
+
+def value_and_grad(loss, z):
+    z = z.detach().clone().requires_grad_()
+    out = loss(z)
+    return out.detach(), torch.autograd.grad(out, z)[0]
+
+def compare(loss, reference, z, rtol=1e-8, atol=1e-11):
+    "Same value and same gradient in float64; the float32 run within float32's error."
+    (a, ga), (b, gb) = value_and_grad(loss, z), value_and_grad(reference, z)
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+    torch.testing.assert_close(ga, gb, rtol=rtol, atol=atol)
+    assert a.dtype == torch.float64 and a.shape == ()
+
+def losses(y):
+    "Every loss as a function of (student, teacher), by name."
+    return {'kd': kd_loss, 'reverse': reverse_kl_loss, 'jsd': jsd_loss, 'jsd_0.1': partial(jsd_loss, beta=0.1), 'dist': dist_loss,
+            'dkd': lambda z, v: dkd_loss(z, v, y), 'combined': lambda z, v: DistillationLoss()(z, v, y),
+            'standardised': lambda z, v: DistillationLoss(standardize=True)(z, v, y),
+            'standardised_dist': lambda z, v: DistillationLoss(divergence=dist_loss, standardize=True)(z, v, y)}
+
+every_loss = pytest.mark.parametrize('name', losses(None))
+
+
+# ---- values and gradients ----
+
+@quick
+@given(**cases)
+def test_kd(seed, B, C, scale, T):
+    z, v, _ = draw(seed, B, C, scale)
+    compare(lambda z: kd_loss(z, v, T), lambda z: ref_kd(z, v, T), z)
+
+@quick
+@given(**cases)
+def test_reverse_kl(seed, B, C, scale, T):
+    z, v, _ = draw(seed, B, C, scale)
+    compare(lambda z: reverse_kl_loss(z, v, T), lambda z: ref_reverse(z, v, T), z)
+
+@quick
+@given(beta=st.sampled_from([0.05, 0.3, 0.5, 0.9]), **cases)
+def test_jsd(seed, B, C, scale, T, beta):
+    z, v, _ = draw(seed, B, C, scale)
+    compare(lambda z: jsd_loss(z, v, T, beta), lambda z: ref_jsd(z, v, T, beta), z, rtol=1e-7)
+
+@quick
+@given(alpha=st.sampled_from([0., 1., 0.5]), beta=st.sampled_from([0., 1., 8.]), **cases)
+def test_dkd(seed, B, C, scale, T, alpha, beta):
+    z, v, y = draw(seed, B, C, scale)
+    compare(lambda z: dkd_loss(z, v, y, T, alpha, beta), lambda z: ref_dkd(z, v, y, T, alpha, beta), z, rtol=1e-7)
+
+@quick
+@given(inter=st.sampled_from([0., 1., 2.]), intra=st.sampled_from([0., 1., 3.]), **cases)
+def test_dist(seed, B, C, scale, T, inter, intra):
+    z, v, _ = draw(seed, B, C, scale)
+    compare(lambda z: dist_loss(z, v, T, inter, intra), lambda z: ref_dist(z, v, T, inter, intra), z, rtol=1e-5, atol=1e-7)
+
+@quick
+@given(**cases)
+def test_standardize(seed, B, C, scale, T):
+    z, v, _ = draw(seed, B, C, scale)
+    torch.testing.assert_close(standardize(z), ref_standardize(z))
+    compare(lambda z: DistillationLoss(T, 1., standardize=True)(z, v), lambda z: ref_kd(ref_standardize(z), ref_standardize(v), T), z,
+            rtol=1e-6, atol=1e-9)
+
+@quick
+@given(alpha=st.floats(0, 1), unlabelled=st.integers(0, 4), **cases)
+def test_combined(seed, B, C, scale, T, alpha, unlabelled):
+    z, v, y = draw(seed, B, C, scale)
+    y[:unlabelled] = UNLABELLED
+    compare(lambda z: DistillationLoss(T, alpha)(z, v, y), lambda z: (1 - alpha) * ref_ce(z, y) + alpha * ref_kd(z, v, T) + 0 * z.sum(), z)
+
+@quick
+@given(**{k: cases[k] for k in ('seed', 'B', 'C', 'scale')})
+def test_hard_loss_with_smoothing(seed, B, C, scale):
+    z, _, y = draw(seed, B, C, scale)
+    y[0] = UNLABELLED
+    def reference(z, s=0.1):
+        total = 0. * z.sum()
+        for row, t in zip(rows(z), y):
+            if t == UNLABELLED: continue
+            logs = [torch.log(x) for x in probabilities(row, 1.)]
+            total = total - (1 - s) * logs[t] - s * sum(logs) / C
+        return total / B
+    compare(lambda z: hard_loss(z, y, 0.1), reference, z)
+
+@pytest.mark.parametrize('name', ['kd', 'reverse', 'jsd_0.1', 'dist', 'dkd', 'combined', 'standardised'])
+def test_gradients_by_finite_differences(name):
+    z, v, y = draw(3, 4, 5, 1.)
+    assert torch.autograd.gradcheck(lambda z: losses(y)[name](z, v), z.requires_grad_())
+
+
+# ---- laws ----
+
+@quick
+@given(**cases)
+def test_kd_gradient_is_T_times_the_difference(seed, B, C, scale, T):
+    z, v, _ = draw(seed, B, C, scale)
+    _, grad = value_and_grad(lambda z: kd_loss(z, v, T), z)
+    torch.testing.assert_close(grad, T * ((z / T).softmax(1) - (v / T).softmax(1)) / B)
+
+def test_kd_at_high_temperature_is_logit_matching():
+    z, v, _ = draw(0, 6, 10, 2.)
+    z, v = (x - x.mean(1, keepdim=True) for x in (z, v))
+    _, grad = value_and_grad(lambda z: kd_loss(z, v, 1e5), z)
+    torch.testing.assert_close(6 * grad, (z - v) / 10, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(kd_loss(z, v, 1e5), (z - v).square().sum(1).mean() / 20, rtol=1e-3, atol=1e-5)
+
+def test_temperature_squared_keeps_the_size_of_the_gradient():
+    z, v, y = draw(1, 32, 10, 2.)
+    for divergence in (kd_loss, reverse_kl_loss, jsd_loss, lambda z, v, temperature: dkd_loss(z, v, y, temperature)):
+        size = [value_and_grad(lambda z: divergence(z, v, temperature=T), z)[1].norm() for T in (8, 64)]
+        assert 0.5 < size[1] / size[0] < 2
+        without = [s / T**2 for s, T in zip(size, (8, 64))]
+        assert without[0] / without[1] > 30
+
+def test_dist_needs_no_temperature_squared():
+    z, v, _ = draw(1, 32, 10, 2.)
+    size = [value_and_grad(lambda z: dist_loss(z, v, T), z)[1].norm() for T in (8, 64)]
+    assert 0.8 < size[1] / size[0] < 1.25
+
+@every_loss
+def test_student_equal_to_teacher(name):
+    z, _, y = draw(5, 8, 6, 3.)
+    if name.startswith('combined') or name.startswith('standardised'): y = torch.full_like(y, UNLABELLED)
+    for x in (z, z.float()):
+        value, grad = value_and_grad(lambda s: losses(y)[name](s, x), x)
+        assert abs(value) < 1e-6 and grad.abs().max() < 1e-6
+
+@every_loss
+def test_never_negative(name):
+    for seed in range(20):
+        z, v, y = draw(seed, 4, 6, 3.)
+        assert losses(y)[name](z, v) > 0
+
+@every_loss
+def test_a_shift_of_a_row_changes_nothing(name):
+    z, v, y = draw(2, 4, 6, 3.)
+    shift = torch.tensor([[5.], [-3.], [100.], [0.]], dtype=torch.float64)
+    torch.testing.assert_close(losses(y)[name](z + shift, v - 2 * shift), losses(y)[name](z, v))
+
+@every_loss
+def test_order_of_rows_and_classes_does_not_matter(name):
+    z, v, y = draw(2, 5, 6, 3.)
+    r, c = torch.randperm(5), torch.randperm(6)
+    where = c.argsort()
+    torch.testing.assert_close(losses(where[y][r])[name](z[r][:, c], v[r][:, c]), losses(y)[name](z, v))
+
+def test_alpha_zero_is_cross_entropy_exactly():
+    for dtype in (torch.float32, torch.float64):
+        z, v, y = draw(7, 16, 10, 3.)
+        z = z.to(dtype)
+        for teacher in (v, None, torch.full_like(v, math.nan)):
+            value, grad = value_and_grad(lambda z: DistillationLoss(alpha=0)(z, teacher, y), z)
+            want, want_grad = value_and_grad(lambda z: F.cross_entropy(z, y), z)
+            assert torch.equal(value, want)
+            torch.testing.assert_close(grad, want_grad)
+
+def test_alpha_one_ignores_labels():
+    z, v, y = draw(7, 16, 10, 3.)
+    loss = DistillationLoss(temperature=3, alpha=1)
+    want = kd_loss(z, v, 3)
+    for labels in (y, None, y.flip(0), torch.full_like(y, UNLABELLED), torch.full_like(y, 999)): assert torch.equal(loss(z, v, labels), want)
+
+def test_at_temperature_one_the_loss_is_a_mixed_target():
+    z, v, y = draw(8, 8, 5, 2.)
+    target = 0.4 * F.one_hot(y, 5) + 0.6 * v.softmax(1)
+    _, grad = value_and_grad(lambda z: DistillationLoss(1., 0.6)(z, v, y), z)
+    torch.testing.assert_close(grad, (z.softmax(1) - target) / 8)
+
+@quick
+@given(**cases)
+def test_dkd_identity(seed, B, C, scale, T):
+    z, v, y = draw(seed, B, C, scale)
+    p_t = (v / T).softmax(1)[range(B), y]
+    compare(lambda z: dkd_loss(z, v, y, T, alpha=1., beta=1 - p_t), lambda z: kd_loss(z, v, T), z, rtol=1e-6)
+    tckd, nckd = (dkd_loss(z, v, y, T, a, b, reduction='none') for a, b in ((1., 0.), (0., 1.)))
+    torch.testing.assert_close(tckd + (1 - p_t) * nckd, kd_loss(z, v, T, reduction='none'))
+
+def test_dkd_takes_the_first_choice_of_the_teacher_for_unlabelled_rows():
+    z, v, y = draw(9, 6, 5, 2.)
+    y[::2] = UNLABELLED
+    assert torch.equal(dkd_loss(z, v, y), dkd_loss(z, v, torch.where(y < 0, v.argmax(1), y)))
+
+def test_dkd_keeps_teaching_when_the_teacher_is_certain():
+    "With 1 - p_t far below float32's resolution, the non-target part is still right."
+    z, v, y = draw(10, 4, 5, 1.)
+    v[range(4), y] += 200
+    nckd = dkd_loss(z.float(), v.float(), y, 1., 0., 1.)
+    rest = lambda x: torch.stack([torch.cat([r[:t], r[t + 1:]]) for r, t in zip(x, y)])
+    torch.testing.assert_close(nckd.double(), ref_kd(rest(z), rest(v), 1.), rtol=1e-4, atol=1e-6)
+
+@quick
+@given(scale=st.floats(0.01, 100), shift=st.floats(-50, 50), seed=st.integers(0, 1000))
+def test_standardised_loss_ignores_scale_and_shift(scale, shift, seed):
+    z, v, _ = draw(seed, 4, 6, 2.)
+    loss = DistillationLoss(2., 1., standardize=True)
+    torch.testing.assert_close(loss(scale * z + shift, v), loss(z, v), rtol=1e-6, atol=1e-9)
+    s = standardize(scale * z + shift)
+    torch.testing.assert_close(s.mean(1), torch.zeros(4, dtype=s.dtype), atol=1e-9, rtol=0)
+    torch.testing.assert_close(s.std(1, correction=0), torch.ones(4, dtype=s.dtype))
+
+@quick
+@given(shift=st.floats(0.0, 0.15), share=st.floats(0.05, 1), seed=st.integers(0, 1000))
+def test_dist_ignores_positive_affine_maps_of_the_probabilities(shift, share, seed):
+    z, v, _ = draw(seed, 6, 5, 2.)
+    q = z.softmax(1)
+    blurred = ((1 - share) / 5 + share * q).log()
+    torch.testing.assert_close(dist_loss(blurred, v), dist_loss(z, v), rtol=1e-6, atol=1e-8)
+    assert dist_loss(((1 - share) / 5 + share * v.softmax(1)).log(), v) < 1e-8
+
+def test_dist_lies_between_zero_and_twice_its_weights():
+    z, v, _ = draw(4, 6, 5, 3.)
+    assert 0 <= dist_loss(z, v, 1., 1., 0.) <= 2 and 0 <= dist_loss(z, v, 1., 0., 1.) <= 2
+    two = lambda *first: torch.tensor([[f, 1 - f] for f in first], dtype=torch.float64).log()
+    torch.testing.assert_close(dist_loss(two(0.6, 0.7), two(0.9, 0.6), 1., 0., 1.).item(), 2.)
+
+@quick
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 2., 50., 1e4]))
+def test_jsd_is_symmetric_and_bounded(seed, scale):
+    z, v, _ = draw(seed, 4, 6, scale)
+    torch.testing.assert_close(jsd_loss(z, v, 1.), jsd_loss(v, z, 1.))
+    torch.testing.assert_close(jsd_loss(z, v, 1., 0.2), jsd_loss(v, z, 1., 0.8))
+    assert -1e-12 <= jsd_loss(z, v, 1.) <= math.log(2) + 1e-12
+
+def test_jsd_tends_to_both_divergences():
+    z, v, _ = draw(11, 4, 6, 2.)
+    torch.testing.assert_close(jsd_loss(z, v, 2., 1e-6) / 1e-6, kd_loss(z, v, 2.), rtol=1e-4, atol=0)
+    torch.testing.assert_close(jsd_loss(z, v, 2., 1 - 1e-6) / 1e-6, reverse_kl_loss(z, v, 2.), rtol=1e-4, atol=0)
+
+def test_reverse_is_forward_with_the_sides_exchanged():
+    z, v, _ = draw(12, 4, 6, 2.)
+    assert torch.equal(reverse_kl_loss(z, v), kd_loss(v, z))
+    assert (reverse_kl_loss(z, v) - kd_loss(z, v)).abs() > 1e-3
+
+
+# ---- reductions, rows, unlabelled images ----
+
+@pytest.mark.parametrize('loss', [kd_loss, reverse_kl_loss, jsd_loss, dkd_loss])
+def test_reductions(loss):
+    z, v, y = draw(13, 6, 20, 2.)
+    extra = dict(labels=y) if loss is dkd_loss else {}
+    each = loss(z, v, **extra, reduction='none')
+    assert each.shape == (6,)
+    torch.testing.assert_close(loss(z, v, **extra, reduction='sum'), each.sum())
+    torch.testing.assert_close(loss(z, v, **extra), each.mean())            # divided by B = 6, not by B·C = 120
+    torch.testing.assert_close(each[2:3].mean(), loss(z[2:3], v[2:3], **{k: l[2:3] for k, l in extra.items()}))
+    with pytest.raises(ValueError, match="reduction must be 'batchmean', 'sum' or 'none', but is 'mean'"): loss(z, v, **extra, reduction='mean')
+
+def test_unlabelled_rows_have_no_hard_part():
+    z, v, y = draw(14, 8, 5, 2.)
+    none = torch.full_like(y, UNLABELLED)
+    value, grad = value_and_grad(lambda z: hard_loss(z, none), z)
+    assert value == 0 and grad.abs().max() == 0
+    parts = DistillationLoss(3., 0.5).parts(z, v, none)
+    assert parts['hard'] == 0 and torch.equal(parts['soft'], 0.5 * kd_loss(z, v, 3.))
+    some = torch.where(torch.arange(8) < 2, y, none)
+    _, grad = value_and_grad(lambda z: hard_loss(z, some), z)
+    assert grad[2:].abs().max() == 0
+    torch.testing.assert_close(grad[:2], (z.softmax(1) - F.one_hot(y, 5))[:2] / 8)
+    assert UNLABELLED == -100
+
+def test_parts_sum_to_the_loss():
+    z, v, y = draw(15, 8, 5, 2.)
+    for loss in (DistillationLoss(2., 0.3), DistillationLoss(2., 0.3, dist_loss), DistillationLoss(2., 0.3, partial(dkd_loss, beta=2.)),
+                 DistillationLoss(2., 0.3, partial(jsd_loss, beta=0.1), standardize=True)):
+        parts = loss.parts(z, v, y)
+        assert list(parts) == ['hard', 'soft']
+        assert torch.equal(sum(parts.values()), loss(z, v, y))
+        torch.testing.assert_close(parts['hard'], 0.7 * F.cross_entropy(z, y))
+
+def test_divergences_get_labels_if_they_want_them():
+    z, v, y = draw(16, 8, 5, 2.)
+    loss = DistillationLoss(2., 1., partial(dkd_loss, beta=2.))
+    torch.testing.assert_close(loss(z, v, y), dkd_loss(z, v, y, 2., 1., 2.))
+    with pytest.raises(ValueError, match='labels must be integers'): loss(z, v)
+
+def test_gradient_reaches_a_teacher_only_if_it_asks():
+    z, v, y = draw(17, 4, 5, 2.)
+    z.requires_grad_()
+    kd_loss(z, v).backward()
+    assert v.grad is None
+    v.requires_grad_()
+    kd_loss(z.detach(), v).backward()
+    assert v.grad.abs().max() > 0
+
+def test_empty_batch_is_zero():
+    z = torch.zeros(0, 5, requires_grad=True)
+    for loss in (kd_loss(z, z), hard_loss(z, torch.zeros(0, dtype=torch.long))): assert loss == 0
+
+
+# ---- numerics ----
+
+@every_loss
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('scale', [0., 1., 20., 300., 1e4])
+def test_finite_for_any_logits(name, dtype, scale):
+    z, v, y = draw(18, 6, 8, 1.)
+    z, v = ((scale * x / x.abs().max()).to(dtype) for x in (z, v))
+    for student, teacher in ((z, v), (z, -z), (z, torch.zeros_like(z)), (torch.zeros_like(z), z), (z, z.flip(1))):
+        value, grad = value_and_grad(lambda s: losses(y)[name](s, teacher), student)
+        assert value.isfinite() and grad.isfinite().all()
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert grad.dtype == dtype
+
+@every_loss
+@pytest.mark.parametrize('scale', [1e8, 1e20, 1e30])
+def test_finite_far_beyond(name, scale):
+    z, v, y = draw(19, 6, 8, 1.)
+    value, grad = value_and_grad(lambda s: losses(y)[name](s, scale * v.float()), scale * z.float())
+    assert value.isfinite() and grad.isfinite().all()
+
+@every_loss
+def test_half_precision_logits_are_computed_in_float32(name):
+    z, v, y = draw(20, 16, 50, 3.)
+    for dtype in (torch.float16, torch.bfloat16):
+        low, teacher = z.to(dtype), v.to(dtype)
+        value, grad = value_and_grad(lambda s: losses(y)[name](s, teacher), low)
+        want, want_grad = value_and_grad(lambda s: losses(y)[name](s, teacher.double()), low.double())
+        torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), want_grad, rtol=1e-2, atol=1e-5)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_autocast_does_not_lower_the_precision(dtype):
+    z, v, y = draw(20, 16, 50, 3.)
+    z, v = z.to(dtype), v.to(dtype)
+    for name, loss in losses(y).items():
+        with torch.autocast('cpu', dtype=torch.bfloat16): inside = loss(z, v)
+        torch.testing.assert_close(inside, loss(z, v), rtol=1e-5, atol=1e-6, msg=lambda m: f'{name}: {m}')
+
+def test_a_vocabulary_in_bfloat16():
+    "In bfloat16 arithmetic this KL is negative for many rows and wrong by more than its size."
+    g = torch.Generator().manual_seed(0)
+    v = 3 * torch.randn(8, 32_000, generator=g)
+    z, v = (v + 0.01 * torch.randn(8, 32_000, generator=g)).bfloat16(), v.bfloat16()
+    got, want = kd_loss(z, v, 1., reduction='none'), kd_loss(z.double(), v.double(), 1., reduction='none')
+    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-6)
+    assert (got > 0).all()
+
+@pytest.mark.parametrize('gap', [18, 21, 90, 104, 110, 800])
+def test_gaps_where_probabilities_underflow(gap):
+    "The value is known: p is certain, q is even, so KL(p ‖ q) = ln 2; and with p even, ln cosh(gap / 2)."
+    sure, even = torch.tensor([[gap, 0.]]), torch.zeros(1, 2)
+    torch.testing.assert_close(kd_loss(even, sure, 1.).item(), math.log(2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kd_loss(sure, even, 1.).item(), gap / 2 - math.log(2), rtol=1e-5, atol=1e-5)
+    for loss in (kd_loss, reverse_kl_loss, jsd_loss, dist_loss):
+        for z, v in ((sure, even), (even, sure), (sure, sure.flip(1))):
+            value, grad = value_and_grad(lambda z: loss(z, v, temperature=1.), z)
+            assert value.isfinite() and grad.isfinite().all()
+
+def test_constant_rows_have_no_direction():
+    z = torch.tensor([[2., 2., 2.], [1., 2., 3.]], requires_grad=True)
+    out = standardize(z)
+    out.square().sum().backward()
+    assert torch.equal(out[0], torch.zeros(3)) and torch.equal(z.grad[0], torch.zeros(3))
+    for x in (0.1, 1e4, -7.3): assert torch.equal(standardize(torch.full((2, 7), x)), torch.zeros(2, 7))
+    y = torch.zeros(4, 3, requires_grad=True)
+    dist_loss(y, torch.randn(4, 3)).backward()
+    assert torch.equal(y.grad, torch.zeros(4, 3))
+
+def test_dist_hears_classes_that_no_image_resembles():
+    "A column of probabilities near 1e-30 counts as the equation says."
+    z, v, _ = draw(21, 6, 5, 1.)
+    z[:, 2] -= 70; v[:, 2] -= 70
+    want = ref_dist(z, v, 1., 0., 1.)
+    torch.testing.assert_close(dist_loss(z.float(), v.float(), 1., 0., 1.).double(), want, rtol=1e-4, atol=1e-5)
+
+def test_log_soften_and_upcast():
+    x = torch.tensor([[1., 2., 4.]])
+    torch.testing.assert_close(log_soften(x, 2.).exp(), (x / 2).exp() / (x / 2).exp().sum())
+    kinds = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64,
+             torch.int64: torch.float32}
+    for given_, want in kinds.items(): assert upcast(x.to(given_)).dtype == want
+
+def test_the_module_compiles_whole_and_copies():
+    z, v, y = draw(23, 4, 5, 2.)
+    y[0] = UNLABELLED
+    for divergence in (kd_loss, partial(dkd_loss, beta=2.), dist_loss):
+        loss = DistillationLoss(3., 0.5, divergence, standardize=True)
+        compiled = torch.compile(copy.deepcopy(loss), backend='eager', fullgraph=True)
+        torch.testing.assert_close(compiled(z, v, y), loss(z, v, y))
+    assert list(loss.parameters()) == [] and 'temperature=3.0, alpha=0.5' in repr(loss)
+
+def test_inputs_are_left_alone():
+    z, v, y = draw(22, 4, 5, 2.)
+    y[0] = UNLABELLED
+    before = [x.clone() for x in (z, v, y)]
+    for loss in losses(y).values(): loss(z, v)
+    assert all(torch.equal(a, b) for a, b in zip(before, (z, v, y)))
+
+
+# ---- arguments ----
+
+z, v, y = draw(0, 4, 5, 1.)
+
+@pytest.mark.parametrize('T', [0, -1., math.nan, math.inf])
+def test_temperature_must_be_positive(T):
+    for call in (lambda: kd_loss(z, v, T), lambda: reverse_kl_loss(z, v, T), lambda: jsd_loss(z, v, T), lambda: dkd_loss(z, v, y, T),
+                 lambda: dist_loss(z, v, T), lambda: DistillationLoss(temperature=T)):
+        with pytest.raises(ValueError, match=rf'temperature must be a finite number greater than 0, but is {T}\.'): call()
+
+@pytest.mark.parametrize('alpha', [-0.1, 1.1, math.nan])
+def test_alpha_must_be_a_share(alpha):
+    with pytest.raises(ValueError, match=rf'alpha must lie between 0 and 1, but is {alpha}\.'): DistillationLoss(alpha=alpha)
+
+@pytest.mark.parametrize('beta', [0, 1, -0.5, 2., math.nan])
+def test_beta_must_lie_inside(beta):
+    with pytest.raises(ValueError, match=f'beta must lie strictly between 0 and 1, but is {beta}'): jsd_loss(z, v, beta=beta)
+
+@pytest.mark.parametrize('shapes', [((4, 5), (4, 6)), ((4, 5), (3, 5)), ((4, 5), (1, 5)), ((5,), (5,)), ((2, 4, 5), (2, 4, 5))])
+def test_shapes_must_agree(shapes):
+    a, b = map(torch.zeros, shapes)
+    for loss in (kd_loss, reverse_kl_loss, jsd_loss, dist_loss, partial(dkd_loss, labels=y), DistillationLoss(alpha=1)):
+        with pytest.raises(ValueError) as e: loss(a, b)
+        assert 'student_logits and teacher_logits must have the same shape' in str(e.value)
+        assert str(shapes[0]) in str(e.value) and str(shapes[1]) in str(e.value)
+
+@pytest.mark.parametrize('label', [5, -1, -101, 1000])
+def test_labels_must_be_classes(label):
+    bad = torch.tensor([0, 1, label, 2])
+    for call in (lambda: hard_loss(z, bad), lambda: dkd_loss(z, v, bad), lambda: DistillationLoss()(z, v, bad)):
+        with pytest.raises(ValueError, match=rf'labels must lie in 0\.\.4 or be -100 \(unlabelled\), but one is {label}'): call()
+
+@pytest.mark.parametrize('bad', [None, y[:3], y.float(), y > 1, F.one_hot(y, 5)])
+def test_labels_must_be_integers_one_for_each_row(bad):
+    for call in (lambda: hard_loss(z, bad), lambda: dkd_loss(z, v, bad), lambda: DistillationLoss()(z, v, bad)):
+        with pytest.raises(ValueError, match=r'labels must be integers of shape \(4,\)'): call()
+
+def test_labels_may_be_of_any_integer_type():
+    for dtype in (torch.int32, torch.uint8): assert torch.equal(hard_loss(z, y.to(dtype)), hard_loss(z, y))
+
+def test_dkd_needs_two_classes():
+    with pytest.raises(ValueError, match='at least 2 classes'): dkd_loss(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
+    assert dkd_loss(torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, 1])).isfinite()

@@ -1,0 +1,386 @@
+"Models: their counts, what they cost, that they run, and their weights on disk."
+import errno, os, pickle, signal, subprocess, sys, time
+from urllib.error import URLError
+
+import pytest, torch
+from torch import nn
+from distill_nb import models as M
+
+BENCHMARK = {'resnet20': 278_324, 'resnet32': 472_756, 'resnet44': 667_188, 'resnet56': 861_620, 'resnet110': 1_736_564,
+             'resnet8x4': 1_233_540, 'resnet32x4': 7_433_860, 'wrn_16_2': 703_284, 'wrn_40_1': 569_780, 'wrn_40_2': 2_255_156}
+LARGE = {'resnet18': 11_689_512, 'resnet34': 21_797_672, 'resnet50': 25_557_032}  # torchvision's, 1000 classes
+
+
+def count(model): return sum(p.numel() for p in model.parameters())
+
+
+def bits(model):
+    "All that a model is: values, modes, gradients and what wants one."
+    return ({k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
+            [None if p.grad is None else p.grad.clone() for p in model.parameters()], [p.requires_grad for p in model.parameters()])
+
+
+def same(a, b):
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# Parameters and arithmetic
+
+@pytest.mark.parametrize('name', BENCHMARK)
+def test_counts_of_the_benchmark(name):
+    assert count(getattr(M, name)(classes=100)) == BENCHMARK[name]
+    assert count(M.build_model(name, classes=100)) == BENCHMARK[name]
+
+
+def test_counts_of_the_digit_nets(): assert (count(M.digit_teacher()), count(M.digit_student())) == (241_898, 678)
+
+
+@pytest.mark.parametrize('name', LARGE)
+def test_counts_of_the_imagenet_nets(name): assert count(getattr(M, name)(classes=1000)) == LARGE[name]
+
+
+@pytest.mark.parametrize('name,macs', [('resnet18', 1_814_073_344), ('resnet50', 4_089_184_256), ('torchvision:vit_b_32', 4_409_000_000)])
+def test_macs_of_published_nets(name, macs):
+    model = M.build_model(name, classes=1000, size=224).eval()
+    with torch.no_grad(): assert M.count_macs(model, torch.zeros(1, 3, 224, 224)) == pytest.approx(macs, rel=1e-3)
+
+
+def by_hand(model, x):
+    "MACs from the shapes that forward hooks see, a count independent of torch's own."
+    total, hooks = 0, []
+    def count_conv(m, i, o): nonlocal total; total += o[0].numel() * m.weight[0].numel()   # a dot product per output
+    def count_linear(m, i, o): nonlocal total; total += m.weight.numel()
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d): hooks.append(m.register_forward_hook(count_conv))
+        if isinstance(m, nn.Linear): hooks.append(m.register_forward_hook(count_linear))
+    model(x)
+    for h in hooks: h.remove()
+    return total
+
+
+@pytest.mark.parametrize('name', ['digit_student', 'digit_teacher', 'resnet20', 'resnet8x4', 'wrn_16_2', 'resnet18', 'resnet50',
+                                  'torchvision:mobilenet_v3_small', 'torchvision:shufflenet_v2_x0_5'])
+def test_macs_against_a_count_by_hand(name):
+    model = M.build_model(name, 10, 3, 32).eval()
+    x = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad(): assert M.count_macs(model, x) == by_hand(model, x)
+
+
+def test_macs_of_attention_are_counted_in_eval_mode():
+    d, n, wide = 32, 10, 64
+    layer, x = nn.TransformerEncoderLayer(d, 4, wide, batch_first=True).eval(), torch.zeros(1, n, d)
+    expected = n * d * 3 * d + 2 * n * n * d + n * d * d + 2 * n * d * wide   # q k v; scores and mixing; out; the two linear layers
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad(): assert M.count_macs(layer, x) == expected
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+
+
+# Every model runs
+
+@pytest.mark.parametrize('size,channels,classes', [(8, 1, 10), (28, 1, 7), (32, 3, 100), (64, 2, 3)])
+@pytest.mark.parametrize('name', M.model_names() + ['wrn_10_3', 'torchvision:mobilenet_v2'])
+def test_every_model_runs_forward_and_backward(name, size, channels, classes):
+    torch.manual_seed(0)
+    model = M.build_model(name, classes, channels, size)
+    assert all(m.training for m in model.modules())
+    x = torch.randn(2, channels, size, size, requires_grad=True)
+    logits = model(x)
+    assert logits.shape == (2, classes) and logits.dtype == torch.float32
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('name', ['vit_b_32', 'maxvit_t', 'densenet121', 'vgg11', 'squeezenet1_0', 'efficientnet_b0', 'swin_t'])
+def test_kinds_of_torchvision_model(name):
+    model = M.build_model(f'torchvision:{name}', classes=5, channels=1, size=224).eval()
+    with torch.no_grad(): assert model(torch.zeros(1, 1, 224, 224)).shape == (1, 5)
+
+
+def test_the_stem_follows_the_size():
+    small, large = M.build_model('resnet18', 10, size=64), M.build_model('resnet18', 10, size=65)
+    assert (small.conv1.stride, large.conv1.stride) == ((1, 1), (2, 2))
+    assert isinstance(small.maxpool, nn.Identity) and isinstance(large.maxpool, nn.MaxPool2d)
+
+
+@pytest.mark.parametrize('name', M.model_names())
+def test_layers_have_the_names_that_others_tap(name):
+    names = [n for n, _ in M.build_model(name, 10).named_children()]
+    assert {'layer1', 'layer2', 'fc'} <= set(names) and (name == 'digit_student' or 'layer3' in names)
+
+
+@pytest.mark.parametrize('name', M.model_names())
+def test_a_tapped_tensor_is_not_changed_afterwards(name):
+    model, taps = M.build_model(name, 10), {}
+    for n, m in model.named_modules():
+        # torchvision's blocks add the shortcut in place, to what their last normalisation put out.
+        if name in LARGE and n.startswith('layer') and n.split('.')[-1].startswith('bn'): continue
+        m.register_forward_hook(lambda m, i, o, n=n: taps.__setitem__(n, (o, o.detach().clone())))
+    model(torch.randn(2, 3, 32, 32))
+    assert not [n for n, (kept, copied) in taps.items() if not torch.equal(kept, copied)]
+    assert {'layer1', 'layer2', 'fc'} <= set(taps)
+
+
+def test_same_seed_same_weights():
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(M.fingerprint(M.build_model('resnet8', 10).state_dict()))
+    assert states[0] == states[1]
+    torch.manual_seed(3)
+    direct = M.resnet8()
+    assert M.fingerprint(direct.state_dict()) == states[0], 'trying the model out must change neither weights nor statistics'
+
+
+# Bad names and numbers
+
+@pytest.mark.parametrize('call,parts', [
+    (lambda: M.build_model('resnet21', 10), ['resnet21', 'resnet20', 'digit_student', 'torchvision:NAME']),
+    (lambda: M.build_model('torchvision:resnet51', 10), ['resnet51', 'resnet50']),
+    (lambda: M.build_model('torchvision:fasterrcnn_resnet50_fpn', 10), ['fasterrcnn_resnet50_fpn', 'nearest']),
+    (lambda: M.build_model('wrn_17_2', 10), ['depth', '17', '16']),
+    (lambda: M.build_model('wrn_16_0', 10), ['width', '0']),
+    (lambda: M.build_model('torchvision:alexnet', 10, size=8), ['alexnet', '3 x 8 x 8']),
+    (lambda: M.build_model('torchvision:vit_b_16', 10, size=30), ['vit_b_16', '30']),
+    (lambda: M.build_model('torchvision:vgg11', 10, 1, size=28), ['vgg11', '1 x 28 x 28']),
+    (lambda: M.build_model('resnet20', 0), ['classes', '0']),
+    (lambda: M.build_model('resnet20', 10, channels=0), ['channels', '0']),
+    (lambda: M.build_model('resnet20', 10, size=-1), ['size', '-1']),
+    (lambda: M.CifarResNet(21), ['depth', '21', '20']),
+    (lambda: M.resnet18(stem='mnist'), ['stem', 'mnist', 'cifar']),
+    (lambda: M.resnet18(weights='IMAGENET22K'), ['weights', 'IMAGENET22K', 'IMAGENET1K_V1']),
+    (lambda: M.profile_model(M.resnet8(), (1, 32, 32)), ['shape', '(1, 32, 32)']),
+])
+def test_bad_arguments_are_named(call, parts):
+    with pytest.raises(ValueError) as e: call()
+    assert all(p in str(e.value) for p in parts), str(e.value)
+
+
+# Profiling
+
+def test_profile_leaves_the_model_as_found():
+    torch.manual_seed(0)
+    model = M.resnet8()
+    model.layer2.eval()                       # a part in another mode than the whole
+    model.conv1.weight.requires_grad_(False)
+    model(torch.randn(4, 3, 16, 16)).sum().backward()
+    before, rng = bits(model), torch.get_rng_state()
+    cost = M.profile_model(model, (3, 16, 16), repeats=2)
+    assert same(bits(model), before) and torch.equal(torch.get_rng_state(), rng) and torch.is_grad_enabled()
+    assert cost.parameters == count(model) and cost.latency_ms > 0
+
+
+def test_profile_leaves_the_model_as_found_after_an_error():
+    model = M.resnet8()
+    before = bits(model)
+    with pytest.raises(ValueError): M.profile_model(model, (5, 16, 16))
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize('name', ['digit_student', 'resnet20', 'wrn_16_1'])
+def test_profiled_bytes_are_those_of_the_file(name, tmp_path):
+    model = M.build_model(name, 10)
+    M.save_weights(model, tmp_path/'w.safetensors')
+    assert M.profile_model(model, repeats=1).bytes == (tmp_path/'w.safetensors').stat().st_size
+
+
+def test_profile_takes_half_precision(): assert M.profile_model(M.digit_student().bfloat16(), (1, 8, 8), repeats=1).macs == 21_056
+
+
+def test_latency_is_a_median_after_warm_up():
+    class Slow(nn.Module):
+        calls = 0
+        def forward(self, x): self.calls += 1; time.sleep(0.2 if self.calls <= 3 or self.calls == 5 else 0.001)
+    assert M.measure_latency(Slow(), torch.zeros(1), repeats=5, warmup=3) < 20
+
+
+def test_profile_on_another_device_does_not_move_the_model():
+    model = M.digit_student()
+    assert M.profile_model(model, (1, 8, 8), device='meta').macs == 21_056
+    assert next(model.parameters()).device.type == 'cpu' and model.training
+
+
+# Weights on disk
+
+def test_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = M.resnet8().to(memory_format=torch.channels_last)
+    model(torch.randn(4, 3, 16, 16))
+    M.save_weights(model, tmp_path/'new'/'w.safetensors', seed=3, data='cifar10')
+    M.save_weights(model, tmp_path/'new'/'w.safetensors', seed=4, data='cifar10')   # over an old file
+    torch.manual_seed(1)
+    other = M.resnet8()
+    assert M.load_weights(other, tmp_path/'new'/'w.safetensors') is other
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+    tensors, metadata = M.read_weights(tmp_path/'new'/'w.safetensors')
+    assert metadata == {'seed': '4', 'data': 'cifar10', 'fingerprint': M.fingerprint(model.state_dict())}
+    assert os.listdir(tmp_path/'new') == ['w.safetensors']
+
+
+@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'state_dict': s, 'epoch': 3}, lambda s: {'model': s},
+                                  lambda s: {f'module.{k}': v for k, v in s.items()},
+                                  lambda s: {k: v for k, v in s.items() if 'num_batches' not in k}])
+@pytest.mark.parametrize('suffix', ['.pth', '.pt', '.bin'])
+def test_files_of_torch_save(wrap, suffix, tmp_path):
+    model, other = M.digit_student(), M.digit_student()
+    torch.save(wrap(model.state_dict()), tmp_path/f'w{suffix}')
+    M.load_weights(other, tmp_path/f'w{suffix}')
+    assert same([*other.parameters()], [*model.parameters()])
+
+
+def test_float16_files_load_into_float32(tmp_path):
+    M.save_weights(M.digit_student().half(), tmp_path/'w.safetensors')
+    assert M.load_weights(M.digit_student(), tmp_path/'w.safetensors').fc.weight.dtype == torch.float32
+
+
+class Evil:
+    "A pickle that makes the folder `ran` beside itself when it is loaded."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path.parent/'ran'),)
+
+
+def damaged(kind, path):
+    "A file that must not be loaded, at `path` with a suffix that suits it."
+    model = M.digit_student()
+    good = M.pack_weights(model)
+    if kind == 'cut': data = good[:-40]
+    if kind == 'cut in the header': data = good[:60]
+    if kind == 'empty': data = b''
+    if kind == 'flipped bit': data = good[:-100] + bytes([good[-100] ^ 4]) + good[-99:]
+    if kind == 'text': data = b'<html>404 Not Found</html>'
+    if kind == 'program': data, path = pickle.dumps(Evil(path), protocol=2), path.with_suffix('.pth')
+    if kind == 'whole model': torch.save(model, path := path.with_suffix('.pth')); return path
+    if kind == 'numbers': torch.save({'epoch': 3}, path := path.with_suffix('.pth')); return path
+    if kind == 'cut pth':
+        torch.save(model.state_dict(), path := path.with_suffix('.pth'))
+        data = path.read_bytes()[:-300]
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize('kind', ['cut', 'cut in the header', 'empty', 'flipped bit', 'text', 'program', 'whole model', 'numbers', 'cut pth'])
+def test_damaged_files_are_refused(kind, tmp_path):
+    path, model = damaged(kind, tmp_path/'w.safetensors'), M.digit_student()
+    data, before = path.read_bytes(), bits(model)
+    with pytest.raises(ValueError) as e: M.load_weights(model, path)
+    assert path.name in str(e.value) and 'damaged' in str(e.value) and '\n' not in str(e.value)
+    assert os.listdir(tmp_path) == [path.name], 'nothing in the file may run'
+    assert same(bits(model), before) and path.read_bytes() == data, 'neither the model nor the file may change'
+
+
+@pytest.mark.parametrize('other,parts', [
+    (lambda: M.digit_student(classes=7), ['fc.weight is 7x32 but must be 10x32', 'fc.bias']),
+    (lambda: M.digit_teacher(), ['layer3.0.weight is not in the model', 'more']),
+    (lambda: M.digit_student()[:2], ['fc.weight is missing', 'fc.bias is missing'])])
+def test_foreign_files_are_refused(other, parts, tmp_path):
+    M.save_weights(other(), tmp_path/'other.safetensors')
+    model = M.digit_student()
+    before = bits(model)
+    with pytest.raises(ValueError) as e: M.load_weights(model, tmp_path/'other.safetensors')
+    assert all(p in str(e.value) for p in [*parts, 'other.safetensors']), str(e.value)
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize('call,parts', [(lambda p: M.load_weights(M.digit_student(), p/'no.safetensors'), ['no.safetensors', 'there is none']),
+                                        (lambda p: M.load_weights(M.digit_student(), p/'w.h5'), ['w.h5', '.safetensors']),
+                                        (lambda p: M.load_weights(M.digit_student(), p), ['.safetensors']),
+                                        (lambda p: M.save_weights(M.digit_student(), p/'w.pth'), ['w.pth', '.safetensors'])])
+def test_bad_paths_are_named(call, parts, tmp_path):
+    with pytest.raises(ValueError) as e: call(tmp_path)
+    assert all(p in str(e.value) for p in parts)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path/'w.safetensors'
+    M.save_weights(M.digit_student(), path)
+    old = path.read_bytes()
+    def full(fd): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'): M.save_weights(M.digit_student(), path)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ['w.safetensors']
+
+
+def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
+    path, code = tmp_path/'w.safetensors', """
+import os, signal, sys
+from distill_nb import models as M
+M.save_weights(M.digit_student(), sys.argv[1], run='first')
+os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+M.save_weights(M.digit_student(), sys.argv[1], run='second')"""
+    assert subprocess.run([sys.executable, '-c', code, str(path)]).returncode == -signal.SIGKILL
+    assert M.read_weights(path)[1]['run'] == 'first'
+
+
+def test_fingerprint_sees_every_part():
+    t = {'a': torch.arange(6.), 'b': torch.tensor(3)}
+    prints = [M.fingerprint(x) for x in (t, {**t, 'a': t['a'].reshape(2, 3)}, {**t, 'a': t['a'].double()}, {'c': t['a'], 'b': t['b']},
+                                         {**t, 'b': torch.tensor(4)}, {**t, 'a': t['a'] + 1e-7}, {**t, 'a': t['a'].view(torch.int32)})]
+    assert len(set(prints)) == len(prints)
+    assert M.fingerprint(dict(reversed(t.items()))) == prints[0], 'the order of a dict is no part of its content'
+    assert M.fingerprint({'w': torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)}) == M.fingerprint({'w': torch.ones(2, 3, 4, 4)})
+    assert M.fingerprint({'h': torch.ones(3, dtype=torch.bfloat16), 'e': torch.ones(0)})
+
+
+# Weights from elsewhere
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "An empty torch.hub folder, and no network."
+    def no_network(*args, **kwargs): raise URLError('Temporary failure in name resolution')
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
+    (tmp_path/'checkpoints').mkdir()
+    return tmp_path/'checkpoints'
+
+
+def test_without_a_network_the_message_says_what_to_do(hub):
+    with pytest.raises(ValueError) as e: M.resnet50(weights='IMAGENET1K_V2')
+    url = 'https://download.pytorch.org/models/resnet50-11ad3fa6.pth'
+    assert all(p in str(e.value) for p in ['IMAGENET1K_V2', url, str(hub/'resnet50-11ad3fa6.pth')])
+
+
+def test_weights_put_into_the_folder_are_used(hub):
+    old = M.resnet18(classes=1000)
+    torch.save(old.state_dict(), hub/'resnet18-f37072fd.pth')
+    new = M.resnet18(classes=10, weights='IMAGENET1K_V1')
+    old, kept = old.state_dict(), new.state_dict()
+    assert all(torch.equal(kept[k], v) for k, v in old.items() if not k.startswith('fc.'))
+    assert kept['fc.weight'].shape == (10, 512) and kept['fc.weight'].std() > 0
+    assert torch.equal(M.resnet18(classes=1000, weights='IMAGENET1K_V1').fc.weight, old['fc.weight']), 'a head for as many classes is kept'
+    grey = M.resnet18(weights='IMAGENET1K_V1', channels=1).conv1.weight
+    assert torch.equal(grey, old['conv1.weight'].sum(1, keepdim=True))
+    for bad in (dict(stem='cifar'), dict(channels=2)):
+        with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be'): M.resnet18(weights='IMAGENET1K_V1', **bad)
+
+
+def test_damaged_weights_in_the_folder_are_refused(hub):
+    (hub/'resnet18-f37072fd.pth').write_bytes(b'<html>')
+    with pytest.raises(ValueError, match='damaged') as e: M.resnet18(weights='IMAGENET1K_V1')
+    assert str(hub/'resnet18-f37072fd.pth') in str(e.value) and (hub/'resnet18-f37072fd.pth').exists()
+
+
+def test_own_file_as_weights(tmp_path):
+    old = M.resnet18(classes=10, stem='cifar', channels=1)
+    M.save_weights(old, tmp_path/'w.safetensors')
+    new = M.resnet18(classes=10, stem='cifar', channels=1, weights=tmp_path/'w.safetensors')
+    assert same(dict(new.state_dict()), dict(old.state_dict()))
+    with pytest.raises(ValueError, match='w.safetensors'): M.resnet50(weights=str(tmp_path/'w.safetensors'))
+
+
+def test_the_checks_are_lazy():
+    "Importing the module loads neither torchvision nor matplotlib nor safetensors."
+    code = "import sys, distill_nb.models; print([m for m in ('torchvision', 'matplotlib', 'safetensors') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+
+
+# Tables
+
+def test_counts_for_people(): assert [M.human(n) for n in (0, 678, 999.6, 12_345, 999_600, 4.56e6, 7e12)] == ['0', '678', '1 k', '12.3 k', '1 M', '4.56 M', '7e+03 G']
+
+
+def test_cost_table():
+    table = M.cost_table({'a': M.ModelCost(678, 21_056, 3936, 0.0712)})
+    assert table.splitlines()[-1] == '| a | 678 | 21.1 k | 3.94 kB | 0.07 ms |'

@@ -1,0 +1,392 @@
+"""The promises of `fit`: repeatable, resumable, shareable between processes, and loud about bad input."""
+import json, math, os, random, signal, subprocess, sys, time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from distill_nb import training
+from distill_nb.data import CropFlip, ImageData, digits
+from distill_nb.losses import DistillationLoss
+from distill_nb.models import digit_student, digit_teacher, fingerprint, read_weights
+from distill_nb.training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, best_precision, calibration_error, evaluate, evaluating, fit,
+                                 fit_device, plan, predict, read_checkpoint, scheduled, write_checkpoint)
+
+RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
+
+
+def images(n=60, classes=3, size=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return ImageData(torch.randint(0, 256, (n, 1, size, size), generator=g, dtype=torch.uint8), torch.arange(n) % classes, [str(c) for c in range(classes)],
+                     augment=CropFlip(1, True))
+
+
+def net(classes=3, seed=0, dropout=0.):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, classes))
+
+
+def weights(module): return fingerprint(module.state_dict())
+
+
+class Distilling(Objective):
+    def __init__(self, student, teacher):
+        super().__init__(student)
+        self.teacher, self.adapter, self.loss = Frozen(teacher), nn.Linear(3, 3), DistillationLoss(4., 0.5)
+
+    def forward(self, batch): return self.loss.parts(self.adapter(self.model(batch.x)), self.teacher(batch), batch.y)
+
+
+# --- evaluation
+
+def slow_calibration_error(logits, labels, bins):
+    "Guo et al. 2017, eq. 3, bin by bin in numpy."
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    confidence, right, total = p.max(1), p.argmax(1) == labels, 0.
+    for b in range(bins):
+        inside = (confidence >= b / bins) & ((confidence < (b + 1) / bins) if b < bins - 1 else True)
+        if inside.any(): total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return total
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 10**6))
+def test_calibration_error_is_the_papers(n, classes, bins, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits, labels = 3 * torch.randn(n, classes, generator=g, dtype=torch.float64), torch.randint(classes, (n,), generator=g)
+    assert calibration_error(logits, labels, bins) == pytest.approx(slow_calibration_error(logits.numpy(), labels.numpy(), bins), abs=1e-9)
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    model = digit_student()
+    model.train()
+    model.layer1.eval()
+    modes, before = [m.training for m in model.modules()], weights(model)
+    data = digits().valid
+    e = evaluate(model, data, batch_size=100)
+    assert [m.training for m in model.modules()] == modes and weights(model) == before
+    assert all(p.grad is None for p in model.parameters())
+    logits = predict(model, data)
+    assert e.accuracy == pytest.approx((logits.argmax(1) == data.y).float().mean().item())
+    assert e.loss == pytest.approx(F.cross_entropy(logits, data.y).item())
+    with pytest.raises(ZeroDivisionError), evaluating(model): 1 / 0
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_the_validation_loss_holds_no_distillation_term():
+    data, objective = images(), Distilling(net(), net(seed=1))
+    row = fit(objective, data, RECIPE, valid=data).last
+    assert row['valid_loss'] == pytest.approx(evaluate(objective.model, data).loss, rel=1e-5)
+
+
+# --- the frozen teacher
+
+def test_a_frozen_teacher_stays_in_eval_mode_without_gradients_whatever_is_called():
+    teacher, data = digit_teacher(), digits().train
+    objective = Distilling(digit_student(), teacher)
+    batch, before = data.get(torch.arange(16)), weights(teacher)
+    for call in (objective.train, objective.teacher.train, teacher.train, teacher.layer1.train, teacher[1].train):
+        call()
+        assert not objective.teacher(batch).requires_grad
+        assert weights(teacher) == before and not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    mine = {id(p) for p in objective.parameters()}
+    assert not any(id(p) in mine for p in teacher.parameters())
+    assert not any('teacher' in k for k in objective.state_dict())
+
+
+def test_a_frozen_teacher_moves_with_its_objective():
+    objective = Distilling(net(), net(seed=1)).to(torch.float64)
+    assert next(objective.teacher.model.parameters()).dtype == torch.float64
+
+
+def test_fit_leaves_the_teacher_alone_and_trains_adapters():
+    teacher = digit_teacher()
+    objective = Distilling(digit_student(classes=3), nn.Sequential(teacher, nn.Linear(10, 3)))
+    before, adapter = weights(objective.teacher.model), weights(objective.adapter)
+    fit(objective, images(), RECIPE)
+    assert weights(objective.teacher.model) == before and weights(objective.adapter) != adapter
+
+
+# --- the recipe
+
+@pytest.mark.parametrize('bad', [dict(epochs=0), dict(epochs=math.inf), dict(epochs=math.nan), dict(steps=0), dict(steps=2.5), dict(batch_size=0), dict(batch_size=True),
+                                 dict(lr=0), dict(lr=-1), dict(lr=math.nan), dict(momentum=1), dict(weight_decay=-1), dict(warmup=1), dict(clip=0), dict(accumulate=0),
+                                 dict(optimizer='lion'), dict(schedule='x'), dict(precision='fp8'), dict(seed=1.5)])
+def test_a_recipe_names_what_is_wrong_with_it(bad):
+    (name, value), = bad.items()
+    with pytest.raises(ValueError, match=rf'{name} must be .*, but is ') as e: Recipe(**bad)
+    assert repr(value) in str(e.value)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 300), st.sampled_from(training.SCHEDULES), st.floats(0, 0.9))
+def test_learning_rates_lie_between_nothing_and_the_highest(total, schedule, warmup):
+    r = Recipe(lr=0.3, schedule=schedule, warmup=warmup)
+    rates = [r.lr_at(s, total) for s in range(total)]
+    assert all(0 < x <= 0.3 * (1 + 1e-12) for x in rates)
+    rising = [x for s, x in enumerate(rates) if (s + 0.5) / total < warmup]
+    assert rising == sorted(rising)
+    assert rates[len(rising):] == sorted(rates[len(rising):], reverse=True)
+
+
+def test_the_step_schedule_divides_by_ten_at_the_papers_epochs():
+    values = [scheduled('step', e / 240) for e in (0, 149, 150, 179, 180, 209, 210, 239)]
+    assert values == pytest.approx([1, 1, .1, .1, .01, .01, .001, .001])
+
+
+# --- the plan of batches
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 30), st.integers(1, 7), st.data())
+def test_a_plan_is_one_stream_however_it_is_cut(n, piece, accumulate, world, steps, chunk, data):
+    d = images(max(n, 3))
+    b = piece * accumulate * world
+    r = Recipe(batch_size=b, accumulate=accumulate, seed=5)
+    one = [torch.stack(p) for p in plan(d, replace(r, accumulate=1), 0, steps)]
+    pieces = [[torch.stack(p) for p in plan(d, r, 0, steps, rank, world, chunk)] for rank in range(world)]
+    joined = [torch.cat([pieces[k % world][s * accumulate + k // world] for k in range(accumulate * world)], 1) for s in range(steps)]
+    assert torch.equal(torch.stack(joined), torch.stack(one))
+    stream = torch.cat([p[0] for p in one])
+    for start in range(0, len(stream) - len(d) + 1, len(d)): assert sorted(stream[start:start + len(d)].tolist()) == list(range(len(d)))
+    cut = data.draw(st.integers(0, steps))
+    again = [torch.stack(p) for p in plan(d, replace(r, accumulate=1), cut, steps)]
+    assert all(torch.equal(x, y) for x, y in zip(again, one[cut:], strict=True))
+
+
+def test_without_augmentation_every_view_is_the_image_itself():
+    assert all((v == 0).all() for _, v in plan(images(), replace(RECIPE, augment=False), 0, 5))
+    assert any((v != 0).any() for _, v in plan(images(), RECIPE, 0, 5))
+
+
+# --- the run
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adam', 'adamw'])
+def test_the_same_recipe_gives_the_same_weights(optimizer):
+    def once(seed=0):
+        objective = Supervised(net(dropout=0.3))
+        fit(objective, images(), replace(RECIPE, optimizer=optimizer, seed=seed))
+        return weights(objective)
+    torch.manual_seed(1)
+    first = once()
+    torch.rand(7)  # what else the program draws must not matter
+    assert once() == first and once(seed=1) != first
+
+
+def test_fit_takes_the_naive_loops_steps():
+    data, teacher, by_hand = digits().train, digit_teacher(), digit_student()
+    start = {k: v.clone() for k, v in by_hand.state_dict().items()}
+    teacher.eval()
+    optimizer, loss = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4), DistillationLoss(4., 0.5)
+    recipe = replace(RECIPE, schedule='constant', warmup=0)
+    for index, view in plan(data, recipe, 0, 20):
+        b = data.get(index, view)
+        with torch.no_grad(): teacher_logits = teacher(b.x)
+        optimizer.zero_grad()
+        loss(by_hand(b.x), teacher_logits, b.y).backward()
+        optimizer.step()
+    class Plain(Objective):
+        def __init__(self, student):
+            super().__init__(student)
+            self.teacher, self.loss = Frozen(teacher), loss
+        def forward(self, b): return self.loss.parts(self.model(b.x), self.teacher(b), b.y)
+    student = digit_student()
+    student.load_state_dict(start)
+    fit(Plain(student), data, recipe)
+    for p, q in zip(by_hand.parameters(), student.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_pieces_of_a_batch_make_the_step_of_the_batch():
+    def once(**changes):
+        objective = Supervised(net())
+        fit(objective, images(), replace(RECIPE, **changes))
+        return torch.cat([p.detach().flatten() for p in objective.parameters()])
+    torch.testing.assert_close(once(accumulate=4), once(), rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_the_step():
+    objective = Supervised(net())
+    before = torch.cat([p.detach().flatten().clone() for p in objective.parameters()])
+    fit(objective, images(), replace(RECIPE, steps=1, schedule='constant', warmup=0, lr=1., momentum=0, weight_decay=0, clip=1e-3))
+    assert (torch.cat([p.detach().flatten() for p in objective.parameters()]) - before).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_bfloat16_keeps_weights_and_losses_in_float32():
+    objective = Supervised(digit_student())
+    h = fit(objective, digits().train, replace(RECIPE, precision='bfloat16'), digits().valid)
+    assert {p.dtype for p in objective.parameters()} == {torch.float32}
+    assert all(math.isfinite(l) for l in h.losses['hard'])
+    assert objective(digits().train.get(torch.arange(4)))['hard'].dtype == torch.float32
+    assert objective.model(digits().train.get(torch.arange(4)).x).dtype == torch.float32  # no wrapper is left behind
+
+
+def test_the_student_trains_in_train_mode_after_an_evaluation():
+    seen = []
+    class Watch(Supervised):
+        def forward(self, b):
+            seen.append(self.model.training)
+            return super().forward(b)
+    objective = Watch(net())
+    fit(objective, images(), RECIPE, valid=images())
+    assert len(seen) == 20 and all(seen) and not objective.model.training
+
+
+def test_the_history_tells_every_step_and_survives_json():
+    h = fit(Supervised(net()), images(), replace(RECIPE, steps=None, epochs=3), images())
+    assert len(h.losses['hard']) == 6 and [r['step'] for r in h.rows] == [2, 4, 6]
+    assert h.last['epoch'] == pytest.approx(6 * 32 / 60) and {'accuracy', 'valid_loss', 'lr', 'seconds', 'hard'} <= set(h.last)
+    assert History(**json.loads(json.dumps(asdict(h)))) == h
+    assert h.plot() is not None
+    long = fit(Supervised(net()), images(), replace(RECIPE, steps=1000), images())
+    assert len(long.rows) <= 51 and len(long.losses['hard']) == 1000
+
+
+# --- bad input
+
+def test_what_does_not_fit_is_refused_before_the_first_step():
+    class Untouchable(Supervised):
+        def forward(self, b): raise AssertionError('training began')
+    with pytest.raises(ValueError, match='3 classes'): fit(Untouchable(net(classes=4)), images(), RECIPE)
+    with pytest.raises(ValueError, match=r'does not take images of shape \(1, 6, 6\)'): fit(Untouchable(net()), images(size=6), RECIPE)
+    with pytest.raises(ValueError, match='batch_size must be a multiple'): fit(Untouchable(net()), images(), replace(RECIPE, accumulate=5))
+    with pytest.raises(ValueError, match='float16'): fit(Untouchable(net()), images(), replace(RECIPE, precision='float16'), device='cpu')
+    with pytest.raises(ValueError, match='device must'): fit(Untouchable(net()), images(), RECIPE, device='abacus')
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='cuda'): fit(Untouchable(net()), images(), RECIPE, device='cuda')
+    assert fit_device('cpu').type == 'cpu'
+
+
+class Poisoned(Supervised):
+    "Gives a NaN from its `at`-th batch on."
+    at, n = 12, 0
+    def forward(self, b):
+        self.n += 1
+        return {'hard': super().forward(b)['hard'] * (math.nan if self.n > self.at else 1)}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(DivergedError, match="the loss 'hard' became nan at step 12 of 20; the checkpoint .* holds the last good state") as e:
+        fit(Poisoned(net()), images(), RECIPE, folder=tmp_path, save_every=0)
+    assert isinstance(e.value, ValueError)
+    tensors, meta = read_checkpoint(tmp_path/'checkpoint.safetensors')
+    assert meta['step'] <= 12 and not meta['done'] and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    with pytest.raises(DivergedError, match='no checkpoint was written'): fit(Poisoned(net()), images(), RECIPE)
+
+
+def test_a_folder_with_a_run_is_continued_only_when_asked(tmp_path):
+    a = Supervised(net())
+    fit(a, images(), RECIPE, folder=tmp_path)
+    with pytest.raises(ValueError, match='holds a run already'): fit(Supervised(net()), images(), RECIPE, folder=tmp_path)
+    b = Supervised(net(seed=5))
+    h = fit(b, images(), RECIPE, folder=tmp_path, resume=True)
+    assert weights(a) == weights(b) and len(h.losses['hard']) == 20
+
+
+@pytest.mark.parametrize('change,named', [(dict(recipe=replace(RECIPE, lr=0.06)), 'lr was 0.05 and is 0.06'), (dict(data=images(seed=1)), 'another data'),
+                                          (dict(objective=lambda: Supervised(net(), 0.1)), 'another objective'), (dict(objective=lambda: Distilling(net(), net(seed=2))), 'another objective')])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
+    given = dict(objective=lambda: Distilling(net(), net(seed=1)) if 'objective' not in change or 'Distilling' in str(change['objective']().__class__) else Supervised(net()),
+                 data=images(), recipe=RECIPE)
+    call = lambda g: fit(g['objective'](), g['data'], g['recipe'], folder=tmp_path, resume=True)
+    call(given)
+    kept = (tmp_path/'checkpoint.safetensors').read_bytes()
+    with pytest.raises(ValueError, match=named): call(given | change)
+    assert (tmp_path/'checkpoint.safetensors').read_bytes() == kept
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_kept(tmp_path):
+    from safetensors.torch import save
+    path = tmp_path/'checkpoint.safetensors'
+    fit(Supervised(net()), images(), RECIPE, folder=tmp_path)
+    good = path.read_bytes()
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
+    for bad in (good[:-7], good[:100], b'', b'not a checkpoint', flipped, save({'a': torch.ones(3)})):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match='checkpoint.safetensors'): fit(Supervised(net()), images(), RECIPE, folder=tmp_path, resume=True)
+        assert path.read_bytes() == bad
+    path.write_bytes(good)
+    fit(Supervised(net()), images(), RECIPE, folder=tmp_path, resume=True)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path/'checkpoint.safetensors'
+    write_checkpoint(path, {'x': torch.ones(2)}, {'step': 1})
+    def full(fd): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left'): write_checkpoint(path, {'x': torch.zeros(2)}, {'step': 2})
+    assert read_checkpoint(path)[1] == {'step': 1} and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# --- kill and resume, several processes
+
+SCRIPT = '''
+import sys, torch
+from torch import nn
+sys.path.insert(0, {tests!r})
+from test_training import images, net, weights, Distilling, RECIPE
+from dataclasses import replace
+from distill_nb.training import fit
+torch.set_num_threads(1)
+class Slow(Distilling):
+    pass
+objective = Slow(net(dropout=0.2), net(seed=1))
+h = fit(objective, images(600), replace(RECIPE, steps=1500, optimizer={optimizer!r}, precision='float32'), images(), {folder!r}, resume=True, save_every=0, progress=False)
+print(weights(objective), len(h.losses['soft']), sum(h.losses['soft']))
+'''
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path, optimizer):
+    def start(folder): return subprocess.Popen([sys.executable, '-c', SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder), optimizer=optimizer)],
+                                               stdout=subprocess.PIPE, text=True)
+    whole = start(tmp_path/'whole')
+    killed_at = []
+    for attempt in range(2):
+        p, path = start(tmp_path/'killed'), tmp_path/'killed'/'checkpoint.safetensors'
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while p.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before): time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.4))
+        p.send_signal(signal.SIGKILL)
+        p.communicate()
+        killed_at.append(read_checkpoint(path)[1]['step'])
+    resumed = start(tmp_path/'killed')
+    assert resumed.communicate()[0] == whole.communicate()[0] != ''
+    assert whole.returncode == resumed.returncode == 0 and min(killed_at) < 1500
+
+
+LAUNCHED = '''
+import json, sys, torch
+sys.path.insert(0, {tests!r})
+from test_training import images, net, Distilling, RECIPE
+from distill_nb.training import fit
+from accelerate import PartialState
+objective = Distilling(net(), net(seed=1))
+h = fit(objective, images(), RECIPE, images(), {folder!r}, device='cpu', progress=False)
+state = PartialState()
+if state.is_main_process: json.dump([state.num_processes, h.losses, h.last['accuracy']], open({out!r}, 'w'))
+'''
+
+
+def test_two_processes_reach_the_loss_curve_of_one(tmp_path):
+    def curve(n):
+        script, out = tmp_path/f'{n}.py', tmp_path/f'{n}.json'
+        script.write_text(LAUNCHED.format(tests=os.path.dirname(__file__), folder=str(tmp_path/f'run{n}'), out=str(out)))
+        launch = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--cpu', '--num_processes', '1', '--num_machines', '1',
+                  '--mixed_precision', 'no', '--dynamo_backend', 'no', str(script)]
+        # on a CPU `accelerate launch` starts one process, as on one of several machines; these variables make n of them meet
+        meet = {'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(random.randint(20000, 60000)), 'WORLD_SIZE': str(n)}
+        started = [subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                    env=os.environ | (meet | {'RANK': str(i), 'LOCAL_RANK': str(i)} if n > 1 else {})) for i in range(n)]
+        errors = [p.communicate()[1] for p in started]
+        assert all(p.returncode == 0 for p in started), errors
+        return json.loads(out.read_text())
+    one, two = curve(1), curve(2)
+    assert (one[0], two[0]) == (1, 2)
+    for name in one[1]: assert two[1][name] == pytest.approx(one[1][name], rel=1e-4, abs=1e-6)
+    assert two[2] == one[2]

@@ -1,0 +1,141 @@
+"""Runs the notebooks, keeps their outputs as new as their code, and derives from settings.ini what stands in every notebook.
+
+    python -m tools.notebooks run [NOTEBOOK ...]    run top to bottom, store outputs, slow cells included (--flags 'slow gpu')
+    python -m tools.notebooks check                 fail where stored outputs are older than the code
+    python -m tools.notebooks heads                 write badge, install cell and metadata into every notebook
+    python -m tools.notebooks readme [--check]      make README.md from nbs/index.ipynb, or compare the two
+"""
+import argparse, hashlib, json, os, re, sys, time
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / 'nbs'
+
+
+def settings():
+    "The values of settings.ini, and the addresses made of them."
+    ini = ConfigParser()
+    ini.read(ROOT / 'settings.ini')
+    s = dict(ini['DEFAULT'])
+    return s | {'repo_url': f"https://github.com/{s['user']}/{s['repo']}", 'site_url': f"https://{s['user']}.github.io/{s['repo']}"}
+
+
+def notebooks(): return sorted(p for p in NBS.glob('*.ipynb') if not p.name.startswith('_'))
+
+
+def directives(source):
+    "The nbdev directives of a cell, as `{name: argument}`."
+    return dict(re.findall(r'^#\|\s*([\w-]+)\s*:?\s*(.*?)\s*$', source, re.M))
+
+
+def runs(cell, flags=()):
+    "Whether a code cell is run when the test flags `flags` are asked for."
+    if cell['cell_type'] != 'code' or not ''.join(cell['source']).strip(): return False
+    found = directives(''.join(cell['source']))
+    return found.get('eval') != 'false' and all(f in flags for f in settings()['tst_flags'].split() if f in found)
+
+
+def code_hash(nb):
+    "A short hash of all code of a notebook."
+    code = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
+
+
+def shell(path):
+    "An IPython shell that runs in the folder of the notebook, with small pictures."
+    from execnb.shell import CaptureShell
+    os.environ['IN_TEST'] = '1'
+    os.chdir(path.parent)
+    return CaptureShell(path, mpl_format='png')
+
+
+def run(path, flags=('slow',)):
+    "Run the notebook at `path` and store its outputs and the hash of the code that made them."
+    from execnb.nbio import read_nb, write_nb
+    from nbdev.clean import clean_nb
+    nb, sh = read_nb(path), shell(path)
+    for cell in nb.cells:
+        if cell.cell_type != 'code': continue
+        cell.outputs = []
+        if not runs(cell, flags): continue
+        sh.cell(cell)
+        if sh.exc: sys.exit(f'{path.name}, cell {cell.id}:\n{cell.source}\n' + ''.join(sh.prettytb(path)))
+        cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+    nb.metadata['outputs_of'] = code_hash(nb)
+    clean_nb(nb, allowed_metadata_keys=settings()['allowed_metadata_keys'].split())
+    write_nb(nb, path)
+
+
+def stale():
+    "The notebooks whose stored outputs are older than their code."
+    nbs = {p: json.loads(p.read_text()) for p in notebooks()}
+    return [p.name for p, nb in nbs.items() if nb['metadata'].get('outputs_of') != code_hash(nb)]
+
+
+def head(path):
+    "The sources of the badge cell and of the install cell of the notebook at `path`."
+    s = settings()
+    place = s['repo_url'].removeprefix('https://github.com/')
+    badge = (f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+             f"(https://colab.research.google.com/github/{place}/blob/{s['branch']}/nbs/{path.name})")
+    return badge, f"#| hide\n![ -e /content ] && pip install -q git+{s['repo_url']}  # on Colab only"
+
+
+def set_head(path):
+    "Put badge and install cell behind the title of the notebook at `path`, and ask Colab for a GPU."
+    nb = json.loads(path.read_text())
+    source = lambda c: ''.join(c['source']).strip()
+    badge, install = head(path)
+    is_badge, is_install = lambda c: 'colab-badge' in source(c), lambda c: '-e /content' in source(c)
+    cells = []
+    for kind, text, found in (('markdown', badge, is_badge), ('code', install, is_install)):
+        new = {'cell_type': kind, 'id': hashlib.sha256(f'{path.stem} {kind}'.encode()).hexdigest()[:8], 'metadata': {}}
+        if kind == 'code': new |= {'execution_count': None, 'outputs': []}
+        cells.append(next((c for c in nb['cells'] if found(c)), new) | {'source': text.splitlines(True)})
+    rest = [c for c in nb['cells'] if not is_badge(c) and not is_install(c)]
+    nb['cells'] = rest[:1] + cells + rest[1:]
+    nb['metadata'] |= {'accelerator': 'GPU', 'colab': {'gpuType': 'T4'}}
+    path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
+
+
+def readme():
+    "README.md as nbs/index.ipynb gives it: its visible cells as Markdown."
+    import nbformat
+    from nbconvert import MarkdownExporter
+    nb = nbformat.read(NBS / 'index.ipynb', 4)
+    nb.cells = [c for c in nb.cells if 'hide' not in directives(c.source)]
+    for c in nb.cells:
+        if 'echo' in directives(c.source): c.source = ''
+        c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M) if c.cell_type == 'code' else c.source
+        if c.cell_type == 'markdown': c.source = re.sub(r'\((?:\d+_)?(\w+)\.ipynb(#[\w-]*)?\)', rf"({settings()['site_url']}/\1.html\2)", c.source)
+    nb.metadata['language_info'] = {'name': 'python'}
+    for c in nb.cells:  # no pictures: they would be files of their own
+        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if 'image/png' not in o.get('data', {})]
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r'```python\n+```\n*', '', text)
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('job', choices=['run', 'check', 'heads', 'readme'])
+    ap.add_argument('paths', nargs='*', type=Path)
+    ap.add_argument('--flags', default='slow')
+    ap.add_argument('--check', action='store_true')
+    a = ap.parse_args()
+    if a.job == 'run':
+        for p in [p.resolve() for p in a.paths] or notebooks():
+            start = time.perf_counter()
+            run(p, a.flags.split())
+            print(f'{p.name}: {time.perf_counter() - start:.0f} s', flush=True)
+    if a.job == 'heads':
+        for p in notebooks(): set_head(p)
+    if a.job == 'check' and (old := stale()): sys.exit(f"stored outputs are older than their code: {', '.join(old)}; run: python -m tools.notebooks run")
+    if a.job == 'readme':
+        path = ROOT / 'README.md'
+        if a.check and path.read_text() != readme(): sys.exit('README.md is not what nbs/index.ipynb gives; run: python -m tools.notebooks readme')
+        if not a.check: path.write_text(readme())
+
+
+if __name__ == '__main__': main()
