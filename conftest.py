@@ -2,9 +2,10 @@
 import json, os
 from pathlib import Path
 
-# Before torch is loaded: the workers share the cores.
-_workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // _workers)))
+# Before torch is loaded: the workers share the cores, and all interpreters that the tests start share compiled modules.
+if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT']))))
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 import pytest
 from tools.notebooks import NBS, runs, shell
