@@ -52,7 +52,7 @@ def preset(
     if size > 96: return PRESETS['large']
     return PRESETS.get(data.replace('fashion_', ''), PRESETS['cifar10'])
 
-# %% ../nbs/cli.ipynb #33bdc212
+# %% ../nbs/cli.ipynb #e4cd4c66
 def free_folder(
     data:str, # As the option `--data`
 )->Path: # runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that does not exist
@@ -62,6 +62,7 @@ def free_folder(
     while path.exists(): path = Path('runs')/f'{name}-{(i := i + 1)}'
     return path
 
+# %% ../nbs/cli.ipynb #bd8c2d59
 def check_folder(
     folder:Path, # Where the run goes
     options:dict, # The options that determine the result
@@ -134,9 +135,13 @@ def make_settings(
 def _whole(name, value, least):
     if value < least: raise ValueError(f'{name} must be a whole number of at least {least}, but is {value}.')
 
-# %% ../nbs/cli.ipynb #37d1e3c7
-def prepare(o:dict, folder:Path)->Job: # `o`: the options of the command by name
-    "Check the options `o` and gather what the run needs; nothing is written."
+# %% ../nbs/cli.ipynb #0879225c
+def prepare(
+    o:dict, # The options of the command by name
+    folder:Path, # Where the run goes
+)->Job:
+    "Check the options and gather what the run needs; nothing is written."
+    if o['resume'] and not o['out']: raise ValueError('resume needs out: say which run is to be continued with --out FOLDER --resume.')
     _whole('seeds', o['seeds'], 1)
     T, a = o['temperature'], o['alpha']
     DistillationLoss(4. if T is None else T, 0.9 if a is None else a)
@@ -150,6 +155,7 @@ def prepare(o:dict, folder:Path)->Job: # `o`: the options of the command by name
     data = load_data(o['data'], o['root'], o['size'], **({'skip_damaged': True} if o['skip_damaged'] else {}))
     return _job(o, data, options, recipe_options, device)
 
+# %% ../nbs/cli.ipynb #02717bdd
 def _job(o, data, options, recipe_options, device):
     "The second half of `prepare`: what needs the data."
     p, train = preset(o['data'], data.train.size), data.train
@@ -166,15 +172,23 @@ def _job(o, data, options, recipe_options, device):
     grid = GRID if T is None and a is None else tuple(dict.fromkeys((t if T is None else T, b if a is None else a) for t, b in GRID))
     return Job(data, teacher, trained, student, teaching, replace(p.learning, **recipe_options), grid, make_settings(data.train, o['labels']), options, device)
 
-# %% ../nbs/cli.ipynb #bc999add
-def train_teacher(job:Job, folder:Path)->tuple: # Seconds, and accuracy on the validation split
+# %% ../nbs/cli.ipynb #e4d6b7a2
+def train_teacher(
+    job:Job, # What to run
+    folder:Path, # The run folder
+)->tuple: # Seconds, and accuracy on the validation split
     "Train the teacher, unless it came trained, and check that it knows something."
     seconds = 0.
     if not job.trained: seconds = fit(Supervised(job.teacher), job.data.train, job.teaching, job.data.valid, folder/'work'/'teacher', True, job.device).seconds
     check_teacher(job.teacher.to(job.device), valid := job.data.valid.to(job.device))
     return seconds, evaluate(job.teacher, valid).accuracy
 
-def run_setting(job:Job, folder:Path, setting:str)->tuple: # The chosen (temperature, alpha), the tries, the comparison
+# %% ../nbs/cli.ipynb #de7dcd9f
+def run_setting(
+    job:Job, # What to run
+    folder:Path, # The run folder
+    setting:str, # 'all_labels' or 'few_labels'
+)->tuple: # The chosen (temperature, alpha), the tries, the comparison
     "Choose T and α on the validation split, then compare over the seeds."
     alone, transfer = job.settings[setting]
     work, steps = folder/'work'/setting, job.learning.total_steps(max(len(alone), len(transfer)))
@@ -185,10 +199,14 @@ def run_setting(job:Job, folder:Path, setting:str)->tuple: # The chosen (tempera
     seeds = job.options['seeds']
     return (T, a), tries, compare(job.student, contenders, learning, job.data.valid, job.data.test, job.teacher, seeds, work, job.device)
 
-# %% ../nbs/cli.ipynb #55a1d9a1
+# %% ../nbs/cli.ipynb #6c0a022e
 def _binomial(p, n): return 1.96 * (p * (1 - p) / n) ** 0.5
 
-def result_rows(job:Job, settings:dict, teacher_seconds:float)->list: # `settings`: {setting: (chosen, tries, comparison)}
+def result_rows(
+    job:Job, # What was run
+    settings:dict, # {setting: (chosen, tries, comparison)}
+    teacher_seconds:float, # What the teacher's training took
+)->list: # Dicts
     "A row for each setting and model, in the schema of `nbs/results`."
     image, n = (job.data.train.channels, job.data.train.size, job.data.train.size), len(job.data.test)
     cost = {'teacher': profile_model(job.teacher, image)._asdict(), 'student': profile_model(job.student().to(job.device), image)._asdict()}
@@ -203,7 +221,7 @@ def result_rows(job:Job, settings:dict, teacher_seconds:float)->list: # `setting
             rows.append({'setting': setting, **r, 'interval_over': over, **cost['student'], **chosen})
     return rows
 
-# %% ../nbs/cli.ipynb #846d35e3
+# %% ../nbs/cli.ipynb #bba55e7b
 def _pm(v, ci): return f'{100 * v:.2f} ± {100 * ci:.2f}'
 
 def _gain(row):
@@ -223,6 +241,7 @@ def table(rows:list)->list: # Lists of strings, the first of them the head
     "The rows of a result as they are printed: accuracies and differences in percent."
     return [list(COLUMNS)] + [[show(r) for show in COLUMNS.values()] for r in rows]
 
+# %% ../nbs/cli.ipynb #6f823b87
 def text_table(cells:list)->str: # `cells`: as `table` gives them
     "Columns aligned for a terminal."
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -243,7 +262,7 @@ def verdicts(rows:list)->list: # Sentences
         out.append(f"With {where} (T={r['temperature']:g}, alpha={r['alpha']:g}), {said}.")
     return out
 
-# %% ../nbs/cli.ipynb #75343ad9
+# %% ../nbs/cli.ipynb #5dd54185
 def _figure(rows, height):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, height * rows), layout='constrained')
@@ -264,7 +283,11 @@ def draw_curves(settings:dict): # `settings`: {setting: (chosen, tries, comparis
         left.legend(); right.legend()
     return fig
 
-def draw_comparison(settings:dict, rows:list):
+# %% ../nbs/cli.ipynb #00dc232a
+def draw_comparison(
+    settings:dict, # {setting: (chosen, tries, comparison)}
+    rows:list, # As `result_rows` gives them
+):
     "Accuracy of every seed, with the teacher's as a line, and the paired difference with its interval."
     fig, axes = _figure(len(settings), 2.6)
     for (setting, (_, _, comparison)), ax in zip(settings.items(), axes):
@@ -275,16 +298,25 @@ def draw_comparison(settings:dict, rows:list):
         ax[0].legend()
     return fig
 
-# %% ../nbs/cli.ipynb #2ae6c9e2
-def make_result(job:Job, name:str, command:str, settings:dict, teacher_seconds:float, seconds:float)->dict:
+# %% ../nbs/cli.ipynb #c095aa29
+def make_result(
+    job:Job, # What was run
+    name:str, # Of the result
+    command:str, # That makes it again
+    settings:dict, # {setting: (chosen, tries, comparison)}
+    teacher_seconds:float, # What the teacher's training took
+    seconds:float, # What everything took, since the last start
+    resumed:bool=False, # Was the run continued? Then `seconds` is a part of its time
+)->dict:
     "The result of a run in the schema of `nbs/results`."
     d = job.data
     about = f"{job.options['data']}: {len(d.train):,} train, {len(d.valid):,} valid, {len(d.test):,} test images, {d.train.channels}x{d.train.size}x{d.train.size}, {len(d.train.classes)} classes"
     tries = {setting: t for setting, (_, t, _) in settings.items()}
     return {'name': name, 'command': command, 'data': about, **environment(job.device), 'date': f'{datetime.now(timezone.utc):%Y-%m-%d}',
-            'seeds': job.options['seeds'], 'seconds': seconds, 'rows': result_rows(job, settings, teacher_seconds), 'tries': tries,
+            'seeds': job.options['seeds'], 'seconds': seconds, 'resumed': resumed, 'rows': result_rows(job, settings, teacher_seconds), 'tries': tries,
             'labelled_images': {setting: len(alone) for setting, (alone, _) in job.settings.items()}}
 
+# %% ../nbs/cli.ipynb #839d1c9b
 def _json(value): return (json.dumps(value, indent=1) + '\n').encode()
 
 def _png(fig):
@@ -292,14 +324,18 @@ def _png(fig):
     fig.savefig(out := io.BytesIO(), format='png', dpi=110)
     return out.getvalue()
 
-# %% ../nbs/cli.ipynb #3270c052
+# %% ../nbs/cli.ipynb #24dd7623
 _STYLE = '''body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c;background:#fff}
 table{border-collapse:collapse;font-size:.86rem;display:block;overflow-x:auto}th,td{padding:.35rem .6rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}
 th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}tr.distilled{font-weight:600}img{max-width:100%;background:#fff;border-radius:4px}
 pre{background:#8882;padding:.8rem;overflow-x:auto;border-radius:4px;font-size:.85rem}small{color:#777}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#161616}th,td{border-color:#444}}'''
 
-def make_report(result:dict, pictures:dict, recipe:dict)->str: # `pictures`: {caption: PNG bytes}
+def make_report(
+    result:dict, # As `make_result` gives it
+    pictures:dict, # {caption: PNG bytes}
+    recipe:dict, # As in recipe.json
+)->str: # HTML
     "One self-contained HTML page: what was done, the table, the pictures, how to repeat it."
     e, cells = html.escape, table(result['rows'])
     head = ''.join(f'<th>{e(c)}</th>' for c in cells[0])
@@ -307,18 +343,24 @@ def make_report(result:dict, pictures:dict, recipe:dict)->str: # `pictures`: {ca
     images = '\n'.join(f"<h2>{e(c)}</h2><img alt='{e(c)}' src='data:image/png;base64,{base64.b64encode(p).decode()}'>" for c, p in pictures.items())
     said = ''.join(f'<li>{e(v)}</li>' for v in verdicts(result['rows']))
     few = result['labelled_images'].get('few_labels')
+    choice = 'T and alpha were chosen on the validation split.' if any(result['tries'].values()) else 'T and alpha were given.'
     setting = f'With few labels, {few} training images have a label; the student alone sees those, the distilled one sees all images and the teacher answers for the rest. ' if few else ''
     return f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Distillation: {e(result['name'])}</title>
 <style>{_STYLE}</style><h1>Distillation: {e(result['name'])}</h1><p>{e(result['data'])}.</p><ul>{said}</ul><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <p><small>Accuracy on the test split, read once; ± is the half-width of the 95 % interval over {result['seeds']} seeds (for a single model: over the test images). Gain: accuracy of the distilled student
-minus that of the same student trained alone, paired by seed, same initial weights, steps and schedule, in percentage points. {e(setting)}T and alpha were chosen on the validation split.
+minus that of the same student trained alone, paired by seed, same initial weights, steps and schedule, in percentage points. {e(setting)}{choice}
 MACs, size and latency for one image. ECE: expected calibration error.</small></p>
-{images}<h2>How to repeat it</h2><pre>{e(result['command'])}</pre><p><small>{e(result['hardware'])}; {e(result['software'])}; {result['date']}; {result['seconds']:.0f} s.</small></p>
+{images}<h2>How to repeat it</h2><pre>{e(result['command'])}</pre><p><small>{e(result['hardware'])}; {e(result['software'])}; {result['date']}; {result['seconds']:.0f} s{' since it was resumed' if result['resumed'] else ''}.</small></p>
 <details><summary>The recipe</summary><pre>{e(json.dumps(recipe, indent=1))}</pre></details></html>
 '''
 
-# %% ../nbs/cli.ipynb #78e8cfba
-def write_run(job:Job, folder:Path, settings:dict, result:dict):
+# %% ../nbs/cli.ipynb #eab31329
+def write_run(
+    job:Job, # What was run
+    folder:Path, # The run folder
+    settings:dict, # {setting: (chosen, tries, comparison)}
+    result:dict, # As `make_result` gives it
+):
     "Write everything that a run leaves, `result.json` last."
     pictures = {'How they learned': _png(draw_curves(settings)), 'What came of it': _png(draw_comparison(settings, result['rows']))}
     for name, picture in zip(('curves.png', 'comparison.png'), pictures.values()): write_atomic(folder/name, picture)
@@ -363,18 +405,27 @@ def distill_nb(
         if fresh and folder.is_dir() and not any(folder.rglob('*.safetensors')): shutil.rmtree(folder)  # nothing worth keeping
         raise
 
-# %% ../nbs/cli.ipynb #e611f7f0
-def command_line(options:dict, folder:Path)->str:
+# %% ../nbs/cli.ipynb #f77d566d
+def command_line(
+    options:dict, # Options by name
+    folder:Path, # Where the run goes
+)->str:
     "The command that makes this run again."
     import inspect, shlex
     defaults = {k: p.default for k, p in inspect.signature(distill_nb).parameters.items()}
     given = {k: v for k, v in options.items() if v != defaults[k] and k not in ('resume', 'out')} | {'out': str(folder)}
     return 'distill_nb ' + ' '.join(f'--{k}' if v is True else f'--{k} {shlex.quote(str(v))}' for k, v in given.items())
 
-# %% ../nbs/cli.ipynb #1f2ea8dd
-def run_job(job:Job, folder:Path, command:str, start:float)->dict: # The result
+# %% ../nbs/cli.ipynb #417323eb
+def run_job(
+    job:Job, # What to run
+    folder:Path, # The run folder
+    command:str, # The command that makes the run again
+    start:float, # When it began, by `time.perf_counter`
+)->dict: # The result
     "Run a checked job: the stages, then everything that it leaves."
     recipe = {'options': job.options, 'teacher': asdict(job.teaching), 'student': asdict(job.learning)}
+    resumed = (folder/'recipe.json').exists()
     write_atomic(folder/'recipe.json', _json(recipe))
     say = lambda text: print(f'[{time.perf_counter() - start:5.1f} s] {text}', flush=True)
     say(f"{job.options['data']}: {len(job.data.train):,} training images, {len(job.data.train.classes)} classes, on {job.device}")
@@ -384,8 +435,8 @@ def run_job(job:Job, folder:Path, command:str, start:float)->dict: # The result
     for setting in job.settings:
         settings[setting] = (T, a), tries, comparison = run_setting(job, folder, setting)
         means = ', '.join(f"{r['model']} {100 * r['accuracy']:.1f} %" for r in comparison.rows('valid_accuracy'))
-        say(f"{setting.replace('_', ' ')}: T={T:g}, alpha={a:g}{' chosen' if tries else ''} on the validation split, where it gives: {means}")
-    result = make_result(job, folder.name, command, settings, seconds, time.perf_counter() - start)
+        say(f"{setting.replace('_', ' ')}: T={T:g}, alpha={a:g} ({'chosen on the validation split' if tries else 'given'}); validation accuracy: {means}")
+    result = make_result(job, folder.name, command, settings, seconds, time.perf_counter() - start, resumed)
     write_run(job, folder, settings, result)
     print('\n' + text_table(table(result['rows'])) + '\n\n' + '\n'.join(verdicts(result['rows'])) + f"\n\nreport: {folder/'report.html'}")
     return result

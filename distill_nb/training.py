@@ -227,7 +227,7 @@ def make_optimizer(self:Recipe,
     if self.optimizer == 'sgd': return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=self.momentum > 0, **kw)
     return (torch.optim.AdamW if self.optimizer == 'adamw' else torch.optim.Adam)(parameters, **kw)
 
-# %% ../nbs/04_training.ipynb #35b75148
+# %% ../nbs/04_training.ipynb #66ded6d1
 def plan(
     data, # An `ImageData`: its size, views and device
     recipe:Recipe, # Batch size, pieces, seed
@@ -238,13 +238,13 @@ def plan(
     chunk:int=256, # Steps planned at a time
 ):
     "Yield (index, view) of every piece of every batch of this process, as tensors on the data's device."
-    n, b = len(data), recipe.batch_size
+    n, b, pieces = len(data), recipe.batch_size, recipe.accumulate
+    def mine(t): return t.view(-1, pieces, world, b // (pieces * world))[:, :, rank].flatten(0, 1).to(data.device)  # (steps · pieces, images)
     for start in range(first, last, chunk):
-        position = torch.arange(start * b, min(start + chunk, last) * b)
+        position = torch.arange(start * b, min(start + chunk, last) * b)  # (steps · b,)
         epoch = position // n
         index = torch.cat([epoch_order(n, recipe.seed, e)[position[epoch == e] % n] for e in epoch.unique().tolist()])
         view = data.view_of(recipe.seed, epoch, index) if recipe.augment else torch.zeros_like(index)
-        mine = lambda t: t.view(-1, recipe.accumulate, world, b // recipe.accumulate // world)[:, :, rank].flatten(0, 1).to(data.device)
         yield from zip(mine(index), mine(view))
 
 # %% ../nbs/04_training.ipynb #9c4a5346
@@ -349,7 +349,7 @@ def environment(
     gpu = f', {torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
     return {'hardware': cpu + gpu, 'software': f'Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}'}
 
-# %% ../nbs/04_training.ipynb #b9fe50b3
+# %% ../nbs/04_training.ipynb #c5c6c7fe
 class DivergedError(ValueError):
     "A loss became NaN or infinite."
 
@@ -362,7 +362,7 @@ class _Run:
         self.total = recipe.total_steps(len(data))
         self.path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
         self.made_from = {'recipe': asdict(recipe), 'data': data.fingerprint(), 'objective': describe(objective)}
-        self.noise = int(mix(recipe.seed, self.accelerator.process_index)) % 2**48  # seed of dropout, before the step is added
+        self.noise = int(mix(recipe.seed, self.accelerator.process_index)) % 2**48  # seeds dropout, with the step added: below 2**48, so that no sum overflows
         self.step, self.history = 0, History(environment=environment(self.accelerator.device))
         kept = self._kept(resume)
         self._place(data)
@@ -435,21 +435,27 @@ def _train_step(self:_Run, step, batches):
         parts.append(torch.stack([l.detach().float() for l in losses.values()]))
     return list(losses), torch.stack(parts).mean(0)
 
-# %% ../nbs/04_training.ipynb #f35c33cb
+# %% ../nbs/04_training.ipynb #d7f84447
 @patch
-def _read(self:_Run, names, values, first):
-    "Move the losses of the steps since `first` into the history; stop at one that is not finite."
+def _read(self:_Run, names, values):
+    "Move the losses of the latest steps from the device into the history; stop at one that is not finite."
     values = self.accelerator.reduce(torch.stack(values), 'mean').cpu()  # (steps, losses)
     broken = (~values.isfinite()).nonzero()
     if len(broken):
         at, which = broken[0].tolist()
         kept = f'the checkpoint {str(self.path)!r} holds the last good state' if self.path and self.path.exists() else 'no checkpoint was written'
-        raise DivergedError(f'the loss {names[which]!r} became {values[at, which].item()} at step {first + at} of {self.total}; {kept}. '
+        raise DivergedError(f'the loss {names[which]!r} became {values[at, which].item()} at step {self.step - len(values) + at} of {self.total}; {kept}. '
                             f'A smaller learning rate than {self.recipe.lr} or gradient clipping usually helps.')
     for name, column in zip(names, values.T.tolist()): self.history.losses.setdefault(name, []).extend(column)
-    row = {'step': self.step, 'epoch': self.step * self.recipe.batch_size / len(self.data), 'lr': self.recipe.lr_at(self.step - 1, self.total),
-           'seconds': self._seconds(), **dict(zip(names, values.mean(0).tolist()))}
-    self.history.rows.append(row | self._measure())
+
+# %% ../nbs/04_training.ipynb #a9d45f61
+@patch
+def _add_row(self:_Run):
+    "A row of the history: the mean of each loss since the last row, and the figures on the validation split."
+    since = self.history.last['step'] if self.history.rows else 0
+    means = {name: sum(values[since:]) / len(values[since:]) for name, values in self.history.losses.items()}
+    row = {'step': self.step, 'epoch': self.step * self.recipe.batch_size / len(self.data), 'lr': self.recipe.lr_at(self.step - 1, self.total), 'seconds': self._seconds()}
+    self.history.rows.append(row | means | self._measure())
 
 @patch
 def _measure(self:_Run):
@@ -504,29 +510,44 @@ def _restore(self:_Run, tensors, meta):
     if not meta['done']: restore_optimizer(self.optimizer, tensors)
     if meta['scaler']: self.accelerator.scaler.load_state_dict(meta['scaler'])
 
-# %% ../nbs/04_training.ipynb #016204b0
+# %% ../nbs/04_training.ipynb #25129173
 @patch
 def run(self:_Run):
     "Train to the last step and return the history."
-    from tqdm.auto import tqdm
     acc, r, self.started = self.accelerator, self.recipe, time.perf_counter()
-    every = math.ceil(self.total / min(50, max(1, round(self.total * r.batch_size / len(self.data)))))
+    epochs = max(1, round(self.total * r.batch_size / len(self.data)))
+    every = math.ceil(self.total / min(50, epochs))  # steps between two rows
     batches = self.data.stream(plan(self.data, r, self.step, self.total, acc.process_index, acc.num_processes))
-    bar = tqdm(total=self.total, initial=self.step, desc='fit', unit='step', delay=1, leave=False, disable=not (self.progress and acc.is_main_process))
-    values, first, self.saved = [], self.step, self.started
+    values, bar, self.saved = [], self._bar(), self.started
     self.objective.train()
     while self.step < self.total:
         names, losses = self._train_step(self.step, batches)
         values.append(losses)
         self.step += 1
-        if self.step % every == 0 or self.step == self.total:
-            self._read(names, values, first)
-            bar.set_postfix({k: f'{self.history.last[k]:.3f}' for k in [*names, 'accuracy'] if k in self.history.last}, refresh=False)
+        end = self.step % every == 0 or self.step == self.total
+        if end or self.step % 100 == 0:
+            self._read(names, values)
+            if end: self._add_row()
+            bar.set_postfix(self._shown(names), refresh=False)
             bar.update(len(values))
-            values, first = [], self.step
+            values = []
             if time.perf_counter() - self.saved >= self.save_every: self._save()
     bar.close()
     return self._finish()
+
+# %% ../nbs/04_training.ipynb #f9fa2935
+@patch
+def _bar(self:_Run):
+    "A progress bar for what takes longer than a second."
+    from tqdm.auto import tqdm
+    hidden = not (self.progress and self.accelerator.is_main_process)
+    return tqdm(total=self.total, initial=self.step, desc='fit', unit='step', delay=1, leave=False, disable=hidden)
+
+@patch
+def _shown(self:_Run, names):
+    "What the bar shows: the latest losses, and the latest accuracy."
+    shown = {name: self.history.losses[name][-1] for name in names} | {k: r[k] for r in self.history.rows[-1:] for k in ('accuracy',) if k in r}
+    return {k: f'{v:.3f}' for k, v in shown.items()}
 
 @patch
 def _finish(self:_Run):
@@ -537,7 +558,7 @@ def _finish(self:_Run):
     self.objective.eval()
     return self.history
 
-# %% ../nbs/04_training.ipynb #1b08fb0c
+# %% ../nbs/04_training.ipynb #94cf9cc9
 def fit(
     objective:nn.Module, # Maps a `Batch` to {name: loss}; its parameters are trained in place
     data, # The training set: an `ImageData` or `ImageFiles`
@@ -547,7 +568,7 @@ def fit(
     resume:bool=False, # Continue the run that `folder` holds, if it holds one
     device:str|None=None, # 'cpu', 'cuda', ...; None lets `accelerate` choose
     progress:bool=True, # Show a progress bar on anything longer than a second
-    save_every:float=30., # Seconds between checkpoints, at the least
+    save_every:float=30., # Seconds between checkpoints; they are written where losses are read, every 100 steps or oftener
 )->History: # Curves, seconds, environment
     "Minimise the sum of the losses of `objective` over `data`. Raises `ValueError` on bad input before the first step."
     return _Run(objective, data, recipe, valid, folder, resume, device, progress, save_every).run()
