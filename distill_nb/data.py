@@ -593,13 +593,22 @@ def fashion_mnist(
 # %% ../nbs/02_data.ipynb #0689c743
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
-# %% ../nbs/02_data.ipynb #dff7b443
+# %% ../nbs/02_data.ipynb #b4d16fa5
 def _folders(path): return sorted(f.name for f in os.scandir(path) if f.is_dir() and not f.name.startswith('.'))
+
+def _files_below(folder):
+    "All files below a folder; links are followed, but never to a folder above or to one that was seen."
+    real = Path(os.path.realpath(folder))
+    seen = {str(f) for f in (real, *real.parents)}
+    for d, subfolders, names in os.walk(folder, followlinks=True):
+        targets = {f: os.path.realpath(os.path.join(d, f)) for f in subfolders}
+        subfolders[:] = [f for f in subfolders if targets[f] not in seen]
+        seen |= set(targets.values())
+        yield from (os.path.join(d, f) for f in names)
 
 def _listing(path, classes):
     "Image files below `path`, class by class, and their labels."
-    files = [sorted(os.path.join(d, f) for d, _, names in os.walk(path/c, followlinks=True) for f in names
-                    if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith('.')) for c in classes]
+    files = [sorted(f for f in _files_below(path/c) if f.lower().endswith(IMAGE_SUFFIXES) and not os.path.basename(f).startswith('.')) for c in classes]
     if empty := [c for c, fs in zip(classes, files) if not fs]:
         raise ValueError(f"every class folder must hold images ({', '.join(IMAGE_SUFFIXES)}), but {str(path/empty[0])!r} holds none.")
     return sum(files, []), torch.arange(len(classes)).repeat_interleave(torch.tensor([len(fs) for fs in files]))
@@ -625,7 +634,7 @@ def _hold_out(files, y, n, seed, classes):
     n = min(max(n, len(classes)), len(y) - len(classes))
     return [([files[k] for k in i], y[i]) for i in stratified(y, n, seed)]
 
-# %% ../nbs/02_data.ipynb #7ae9b2f7
+# %% ../nbs/02_data.ipynb #cc977131
 def folder_parts(
     path,  # Folder in one of the two layouts
     valid:float=0.1,  # Share of the images for a split that has no folder
@@ -645,7 +654,9 @@ def folder_parts(
         if missing := [n for n in ('train', 'test') if n not in names]:
             raise ValueError(f"{str(path)!r} must hold the folders train and test, but {missing[0]} is missing; "
                              f"it holds {', '.join(names)}.")
-        parts = {n: n for n in ('train', 'test')} | {'valid': n for n in ('val', 'valid') if n in names}
+        valids = [n for n in ('val', 'valid', 'validation') if n in names]
+        if len(valids) > 1: raise ValueError(f"{str(path)!r} must hold one validation split, but holds {' and '.join(valids)}.")
+        parts = {n: n for n in ('train', 'test')} | {'valid': n for n in valids}
         classes = _same_classes(root, parts)
         rest, test = (_listing(root/n, classes) for n in ('train', 'test'))
         if 'valid' in parts: return dict(train=rest, valid=_listing(root/parts['valid'], classes), test=test), classes
@@ -653,7 +664,7 @@ def folder_parts(
     rest, held = _hold_out(*rest, n, seed, classes)
     return dict(train=rest, valid=held, test=test), classes
 
-# %% ../nbs/02_data.ipynb #567ddaf8
+# %% ../nbs/02_data.ipynb #0d37479f
 def read_image(
     file,  # Path of an image file
     side:int,  # Side of the result
@@ -661,13 +672,15 @@ def read_image(
 ):  # uint8 array, shape (channels, side, side)
     "Decode a file; where its size differs, bring its short side to `side` and keep the centre."
     from PIL import Image
-    with Image.open(file) as image: image = image.convert(mode)
+    with Image.open(file) as image:
+        if image.mode[0] in 'IF': raise ValueError(f'its pixels do not have 8 bits, but mode {image.mode}')  # would be clipped to white
+        image = image.convert(mode)
     if image.size != (side, side):
         from torchvision.transforms import functional as TF
         image = TF.center_crop(TF.resize(image, side), side)
     return np.array(image).reshape(side, side, -1).transpose(2, 0, 1)
 
-# %% ../nbs/02_data.ipynb #7763a6a3
+# %% ../nbs/02_data.ipynb #2e025fb8
 def _each(work, items, what, threads):
     "`work(item)` for each item in order, or the exception that it raised."
     from concurrent.futures import ThreadPoolExecutor
@@ -685,7 +698,7 @@ def _each(work, items, what, threads):
 def _threads(files):
     "How many threads read these files fastest."
     sample = files[::max(1, len(files)//16)]
-    return 1 if sum(os.path.getsize(f) for f in sample) < 16_000*len(sample) else min(8, os.cpu_count() or 1)
+    return 1 if sum(os.path.getsize(f) for f in sample if os.path.exists(f)) < 16_000*len(sample) else min(8, os.cpu_count() or 1)
 
 # %% ../nbs/02_data.ipynb #f0a4508d
 class ImageFiles(ImageData):

@@ -20,7 +20,7 @@ from .losses import UNLABELLED, DistillationLoss, kd_loss
 from .training import (Frozen, History, Objective, Recipe, Supervised, calibration_error, check_classes, evaluate, fit,
                                  fit_device, predict)
 
-# %% ../nbs/05_logits.ipynb #3ea3d0ec
+# %% ../nbs/05_logits.ipynb #aba78c22
 def by_luck(
     accuracy:float, # Share of right answers
     loss:float, # Cross-entropy with the labels, in nats
@@ -31,11 +31,11 @@ def by_luck(
     n, counts = len(labels), labels.bincount().double()
     share = counts[counts > 0] / n
     m, entropy = share.max().item(), -(share * share.log()).sum().item()
-    if accuracy <= m or binom.sf(round(accuracy * n) - 1, n, m) > max(0.001, m**n): return True  # as good as a guesser
+    if accuracy <= m or binom.sf(round(accuracy * n) - 1, n, m) > max(0.001, 1.000001 * m**n): return True  # as good as a guesser
     lucky = m + min(2 * math.sqrt(m * (1 - m) / len(share)), (1 - m) / 3)
     return accuracy <= lucky and loss > 0.9 * entropy
 
-# %% ../nbs/05_logits.ipynb #ea7d4461
+# %% ../nbs/05_logits.ipynb #500523d1
 def check_teacher(
     teacher:nn.Module, # A model that maps images to logits, or a `Frozen` one
     data, # Labelled images that it was not trained on: the validation split
@@ -43,16 +43,17 @@ def check_teacher(
 )->float: # The measured accuracy
     "Raise a `ValueError` if `teacher` is not better than chance on `data`; the classic cause is a new head that was never trained."
     model = teacher.model if isinstance(teacher, Frozen) else teacher
-    labelled = (data.y != UNLABELLED).nonzero()[:, 0]
-    some = labelled[torch.linspace(0, len(labelled) - 1, min(images, len(labelled))).long()]
     check_classes(model, data, 'the teacher')
+    labelled = (data.y != UNLABELLED).nonzero()[:, 0]
+    if not len(labelled): raise ValueError('data must hold labelled images to check the teacher on, but no image has a label.')
+    some = labelled[torch.linspace(0, len(labelled) - 1, min(images, len(labelled))).long()]
     e = evaluate(model, data.subset(some))
     if by_luck(e.accuracy, e.loss, data.y[some].cpu()):
         raise ValueError(f'the teacher is right on {e.accuracy:.1%} of {len(some)} validation images, which is no better than chance: its head was never trained for '
-                         'these classes, or it sees the images in another form than in its training. Fine-tune it first, or check the normalisation.')
+                         'these classes, it sees the images in another form than in its training, or these are too few images to tell. Fine-tune it first, or check the normalisation.')
     return e.accuracy
 
-# %% ../nbs/05_logits.ipynb #a641c626
+# %% ../nbs/05_logits.ipynb #ad802c71
 class Distill(Objective):
     "Logit matching: (1−α)·CE(hard labels) + α·T²·KL(teacher ‖ student). Images without a label have only the soft part."
     def __init__(self,
@@ -74,6 +75,7 @@ class Distill(Objective):
     def check(self, data, valid=None):
         "Class counts of student, teacher and data; and the teacher's exam, on the validation split where there is one."
         check_classes(self.model, data, 'the student')
+        if self.model is self.teacher.model: raise ValueError('the student must be another module than the teacher, which is frozen; use copy.deepcopy(teacher).')
         check_teacher(self.teacher, data if valid is None else valid)
 
 # %% ../nbs/05_logits.ipynb #6a2890fc
@@ -126,7 +128,7 @@ def _measure(student, teacher_logits, valid, test):
     if teacher_logits is not None: found['agreement'] = agreement(logits, teacher_logits)
     return found
 
-# %% ../nbs/05_logits.ipynb #464c29a5
+# %% ../nbs/05_logits.ipynb #991b832c
 def compare(
     make_student, # Called without arguments; makes a new student (the seed is set before)
     contenders:dict, # {name: (function from a student to an objective, training data)}; the first is the baseline
@@ -144,9 +146,11 @@ def compare(
     device = fit_device(device)
     valid, test = valid.to(device), None if test is None else test.to(device)
     teacher_logits = predict(teacher.to(device), test) if teacher is not None and test is not None else None
+    if not contenders: raise ValueError('contenders must name at least one, but are empty.')
     recipe = replace(recipe, steps=max(recipe.total_steps(len(data)) for _, data in contenders.values()))
     result = Comparison([], next(iter(contenders)))
     todo = [(seed, name) for seed in (range(seeds) if isinstance(seeds, int) else seeds) for name in contenders]
+    if not todo: raise ValueError(f'seeds must be a whole number of at least 1, or some seeds, but are {seeds!r}.')
     for seed, name in tqdm(todo, desc='compare', unit='run', leave=False, delay=1, disable=not progress):
         make, data = contenders[name]
         torch.manual_seed(seed)
@@ -216,7 +220,7 @@ def plot(self:Comparison,
     if ax is None: left.figure.tight_layout()
     return left.figure
 
-# %% ../nbs/05_logits.ipynb #c6173455
+# %% ../nbs/05_logits.ipynb #73031bc3
 GRID = ((1., 0.5), (2., 0.5), (4., 0.5), (4., 0.9))  # pairs (temperature, alpha) that `tune` tries
 
 def tune(
@@ -229,6 +233,7 @@ def tune(
     **kwargs, # `seeds`, `folder`, `device`, `progress` of `compare`
 )->tuple: # The best pair, and a row per pair
     "Try each pair of temperature and alpha on the validation split; the first of the best wins."
+    if not grid: raise ValueError('grid must hold at least one pair (temperature, alpha), but is empty.')
     made = {f'T={T:g} alpha={a:g}': (lambda s, T=T, a=a: Distill(s, teacher, T, a), data) for T, a in grid}
     found = compare(make_student, made, recipe, valid, **kwargs).rows()
     rows = [{'temperature': T, 'alpha': a, 'valid_accuracy': r['accuracy'], 'ci95': r['ci95']} for (T, a), r in zip(grid, found)]

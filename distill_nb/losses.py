@@ -6,8 +6,8 @@
 __all__ = ['UNLABELLED', 'upcast', 'log_soften', 'kd_loss', 'hard_loss', 'DistillationLoss', 'standardize', 'reverse_kl_loss',
            'jsd_loss', 'dkd_loss', 'dist_loss']
 
-# %% ../nbs/01_losses.ipynb #df81d1ba
-import inspect, math
+# %% ../nbs/01_losses.ipynb #514956bc
+import inspect, math, zlib
 from functools import partial
 import torch
 from torch import nn, Tensor
@@ -32,11 +32,11 @@ def log_soften(
 # %% ../nbs/01_losses.ipynb #14ec9b43
 UNLABELLED = -100  # The label of an image without label: torch's ignore_index
 
-# %% ../nbs/01_losses.ipynb #9e0246a8
+# %% ../nbs/01_losses.ipynb #80cd1beb
 def _check(student_logits, teacher_logits, temperature):
     "Refuse temperatures and shapes that would give a wrong loss without an error."
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number greater than 0, but is {temperature}.")
+    if not 1e-6 <= temperature <= 1e6:  # beyond that, T² times a float32 loss is no number
+        raise ValueError(f"temperature must be a finite number greater than 0 (from 1e-6 to 1e6), but is {temperature}.")
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError("student_logits and teacher_logits must have the same shape (B, C), but have "
                          f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}.")
@@ -89,7 +89,7 @@ def hard_loss(
                             label_smoothing=label_smoothing)
     return total / max(len(labels), 1)
 
-# %% ../nbs/01_losses.ipynb #bbdfcd4d
+# %% ../nbs/01_losses.ipynb #4e3d0b9e
 class DistillationLoss(nn.Module):
     "(1-α) · cross-entropy with the labels + α · T² · KL(teacher ‖ student)."
     def __init__(self,
@@ -100,8 +100,8 @@ class DistillationLoss(nn.Module):
     ):
         super().__init__()
         if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie between 0 and 1, but is {alpha}.")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number greater than 0, but is {temperature}.")
+        if not 1e-6 <= temperature <= 1e6:
+            raise ValueError(f"temperature must be a finite number greater than 0 (from 1e-6 to 1e6), but is {temperature}.")
         store_attr()
         self.wants_labels = 'labels' in inspect.signature(divergence).parameters
 
@@ -121,7 +121,7 @@ def parts(self:DistillationLoss, student_logits, teacher_logits, labels=None):
     return {'hard': (1 - self.alpha) * hard_loss(student_logits, labels) if self.alpha < 1 else zero,
             'soft': self.alpha * self.soft(student_logits, teacher_logits, labels) if self.alpha > 0 else zero}
 
-# %% ../nbs/01_losses.ipynb #55a5a31d
+# %% ../nbs/01_losses.ipynb #4bdc8af0
 @patch
 def forward(self:DistillationLoss,
     student_logits:Tensor, # Raw scores, shape (B, C)
@@ -136,7 +136,9 @@ def extra_repr(self:DistillationLoss):
     "All settings, so that `repr` tells any two different losses apart, in every process."
     f, more = self.divergence, {}
     if isinstance(f, partial): f, more = f.func, f.keywords
-    name = getattr(f, '__name__', type(f).__name__) + ''.join(f', {k}={v}' for k, v in sorted(more.items()))
+    name = getattr(f, '__name__', type(f).__name__)
+    if name == '<lambda>': name += f' {zlib.crc32(f.__code__.co_code + repr((f.__code__.co_consts, f.__code__.co_names)).encode()):08x}'
+    name += ''.join(f', {k}={v}' for k, v in sorted(more.items()))
     return f'temperature={self.temperature}, alpha={self.alpha}, divergence={name}, standardize={self.standardize}'
 
 # %% ../nbs/01_losses.ipynb #17f7fb9b

@@ -81,7 +81,7 @@ def predict(
     "The logits of `model` for every image of `data`, in order and without augmentation."
     with evaluating(model): return torch.cat([model(b.x).float() for b in data.batches(batch_size)])
 
-# %% ../nbs/04_training.ipynb #c51ddc0c
+# %% ../nbs/04_training.ipynb #ac3b32d1
 class Evaluation(NamedTuple):
     "What `evaluate` measures."
     accuracy: float # Fraction of images whose highest logit is the right class
@@ -94,7 +94,10 @@ def evaluate(
     batch_size:int=512, # Images at a time
 )->Evaluation:
     "Measure `model` on `data`; its mode, weights and buffers are left as they were."
-    logits, labels = predict(model, data, batch_size), data.y.to(next(model.parameters()).device)
+    if (data.y == UNLABELLED).any(): raise ValueError('data must have a label for every image to be evaluated on, but some have none.')
+    logits = predict(model, data, batch_size)
+    labels = data.y.to(logits.device)
+    if not logits.isfinite().all(): raise ValueError('the model gives logits that are not finite: its weights are damaged, or its training diverged.')
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     return Evaluation(accuracy, F.cross_entropy(logits, labels).item(), calibration_error(logits, labels))
 
@@ -201,7 +204,7 @@ def check(self:Recipe):
         _must(getattr(self, name) in known, name, getattr(self, name), 'one of ' + ', '.join(known))
     _must(isinstance(self.seed, int), 'seed', self.seed, 'a whole number')
 
-# %% ../nbs/04_training.ipynb #336d4206
+# %% ../nbs/04_training.ipynb #176d1dcd
 @patch
 def total_steps(self:Recipe,
     n:int, # Images in the training set
@@ -223,6 +226,7 @@ def make_optimizer(self:Recipe,
 )->torch.optim.Optimizer:
     "The optimiser that the recipe names."
     parameters = [p for p in parameters if p.requires_grad]
+    if not parameters: raise ValueError('the objective has no weight that trains: a model that was once given as a teacher is frozen in place; call requires_grad_(True) on it.')
     kw = dict(lr=self.lr, weight_decay=self.weight_decay, fused=all(p.device.type in ('cpu', 'cuda') for p in parameters))
     if self.optimizer == 'sgd': return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=self.momentum > 0, **kw)
     return (torch.optim.AdamW if self.optimizer == 'adamw' else torch.optim.Adam)(parameters, **kw)
@@ -247,7 +251,7 @@ def plan(
         view = data.view_of(recipe.seed, epoch, index) if recipe.augment else torch.zeros_like(index)
         yield from zip(mine(index), mine(view))
 
-# %% ../nbs/04_training.ipynb #9c4a5346
+# %% ../nbs/04_training.ipynb #54668ac6
 class Objective(nn.Module):
     "Maps a `Batch` to named losses. Subclass it and write `forward(batch)`."
     def __init__(self,
@@ -262,19 +266,20 @@ class Objective(nn.Module):
     ):
         "Raise a `ValueError` if this objective can't be trained on `data`; called by `fit` before anything starts."
         check_classes(self.model, data, 'the model')
+        if valid is not None: check_classes(self.model, valid, 'the model')
 
     def forward(self, batch:Batch)->dict: # {name: scalar loss}
         "The named losses of a batch."
         raise NotImplementedError('an objective needs a forward that maps a Batch to {name: loss}')
 
-# %% ../nbs/04_training.ipynb #5a676aaf
+# %% ../nbs/04_training.ipynb #2550416b
 def check_classes(
     model:nn.Module, # Maps images to logits
     data, # An `ImageData`
     name:str, # How to call the model in the message
 ):
     "Raise a `ValueError` unless `model` takes the images of `data` and gives one logit per class."
-    device = next(iter(model.state_dict().values())).device
+    device = next((t.device for t in model.state_dict().values()), data.device)
     zero = torch.zeros(2, dtype=torch.long)
     x = data.get(zero.to(data.device), zero.to(data.device)).x.to(device)
     try:
@@ -282,10 +287,11 @@ def check_classes(
     except RuntimeError as e:
         raise ValueError(f'{name} does not take images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}') from e
     C = len(data.classes)
+    if not isinstance(logits, Tensor): raise ValueError(f'{name} must map images to a tensor of logits, but gives a {type(logits).__name__}.')
     if logits.shape != (2, C):
         raise ValueError(f'{name} gives outputs of shape {tuple(logits.shape[1:])} per image, but the data have {C} classes, so it must give ({C},).')
 
-# %% ../nbs/04_training.ipynb #f476c730
+# %% ../nbs/04_training.ipynb #e994ef85
 class Supervised(Objective):
     "Plain training with hard labels; the baseline that every method must beat."
     def __init__(self,
@@ -295,6 +301,11 @@ class Supervised(Objective):
         super().__init__(model)
         _must(0 <= label_smoothing < 1, 'label_smoothing', label_smoothing, 'at least 0 and less than 1')
         self.label_smoothing = label_smoothing
+
+    def check(self, data, valid=None):
+        "As every objective; and there must be labels to learn from."
+        super().check(data, valid)
+        if (data.y == UNLABELLED).all(): raise ValueError('data must hold labelled images for plain training, but no image has a label.')
 
     def forward(self, batch:Batch)->dict:
         "Cross-entropy with the hard labels, as `{'hard': loss}`."
@@ -337,7 +348,7 @@ def plot(self:History,
     if ax is None: left.figure.tight_layout()
     return left.figure
 
-# %% ../nbs/04_training.ipynb #a2719bef
+# %% ../nbs/04_training.ipynb #0dd166a1
 def environment(
     device:torch.device|str='cpu', # Where the run takes place
 )->dict: # {'hardware': str, 'software': str}
@@ -347,35 +358,38 @@ def environment(
     units = [name for name, flag in (('AMX', 'amx_bf16'), ('AVX-512 bf16', 'avx512_bf16')) if can.get(flag)]
     cpu = ' '.join([f'{os.cpu_count()} cores {platform.machine()}', str(can.get('cpu_name', ''))] + units[:1]).strip()
     gpu = f', {torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
-    return {'hardware': cpu + gpu, 'software': f'Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}'}
+    return {'hardware': f'{cpu}, {torch.get_num_threads()} threads{gpu}', 'software': f'Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}'}
 
-# %% ../nbs/04_training.ipynb #c5c6c7fe
+# %% ../nbs/04_training.ipynb #947642c0
 class DivergedError(ValueError):
     "A loss became NaN or infinite."
 
 class _Run:
     "One run of `fit`: built from what the user gave, then `run()`."
     def __init__(self, objective, data, recipe, valid, folder, resume, device, progress, save_every):
+        if not isinstance(objective, nn.Module): raise ValueError(f'objective must be an nn.Module that maps a Batch to named losses, but is a {type(objective).__name__}.')
+        _must(folder is None or not Path(folder).exists() or Path(folder).is_dir(), 'folder', str(folder), 'a folder')
         if hasattr(objective, 'check'): objective.check(data, valid)
         self.objective, self.recipe, self.valid, self.progress, self.save_every = objective, recipe, valid, progress, save_every
         self.accelerator = _accelerator(recipe, device)
         self.total = recipe.total_steps(len(data))
         self.path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
-        self.made_from = {'recipe': asdict(recipe), 'data': data.fingerprint(), 'objective': describe(objective)}
+        self.made_from = {'recipe': asdict(recipe), 'data': data.fingerprint(), 'objective': describe(objective),
+                          'initial weights': fingerprint(objective.state_dict())}
         self.noise = int(mix(recipe.seed, self.accelerator.process_index)) % 2**48  # seeds dropout, with the step added: below 2**48, so that no sum overflows
         self.step, self.history = 0, History(environment=environment(self.accelerator.device))
         kept = self._kept(resume)
         self._place(data)
         if kept: self._restore(*kept)
 
-# %% ../nbs/04_training.ipynb #07e9b6ba
+# %% ../nbs/04_training.ipynb #c9a6dfc4
 def fit_device(
     device:str|None=None, # 'cpu', 'cuda', 'mps', ...; None lets `accelerate` choose
 )->torch.device:
     "The device on which `fit` will run; a `ValueError` if this machine does not have it."
     from accelerate import PartialState
     try: want = None if device is None else torch.device(device)
-    except RuntimeError: raise ValueError(f"device must be one like 'cpu', 'cuda' or 'mps', but is {device!r}.") from None
+    except (RuntimeError, TypeError): raise ValueError(f"device must be one like 'cpu', 'cuda' or 'mps', but is {device!r}.") from None
     on_cpu = want.type == 'cpu' if want else not torch.accelerator.is_available()
     if PartialState._shared_state and want and PartialState().device.type != want.type: PartialState._reset_state()
     found = PartialState(cpu=on_cpu).device
@@ -409,7 +423,7 @@ def _place(self:_Run, data):
     optimizer = self.recipe.make_optimizer(self.objective.parameters())
     self.wrapped, self.optimizer = acc.prepare(self.objective, optimizer)
 
-# %% ../nbs/04_training.ipynb #084f9ea2
+# %% ../nbs/04_training.ipynb #5d71c4a4
 def seed_noise(
     seed:int, # For the layers that draw random numbers
     device:torch.device, # Where they draw them
@@ -428,12 +442,23 @@ def _train_step(self:_Run, step, batches):
         batch = next(batches)
         with acc.accumulate(self.wrapped):
             losses = self.wrapped(batch._replace(x=batch.x.to(memory_format=self.order)))
+            self._check_losses(losses)
             acc.backward(sum(losses.values()))
             if self.recipe.clip and acc.sync_gradients: acc.clip_grad_norm_(self.objective.parameters(), self.recipe.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
         parts.append(torch.stack([l.detach().float() for l in losses.values()]))
     return list(losses), torch.stack(parts).mean(0)
+
+# %% ../nbs/04_training.ipynb #7f2e9e99
+@patch
+def _check_losses(self:_Run, losses):
+    "Raise a `ValueError` unless `losses` is what an objective must return."
+    good = isinstance(losses, dict) and losses and all(isinstance(l, Tensor) and l.ndim == 0 for l in losses.values())
+    if not good: raise ValueError(f'the objective must return a dict of named losses, each a tensor with one number, but returned {losses!r:.100}.')
+    if not any(l.requires_grad for l in losses.values()): raise ValueError(f"no loss of the objective ({', '.join(losses)}) depends on a weight that trains.")
+    self.names = getattr(self, 'names', list(losses))
+    if list(losses) != self.names: raise ValueError(f"the objective's losses must keep their names, but were {self.names} and are {list(losses)}.")
 
 # %% ../nbs/04_training.ipynb #d7f84447
 @patch
@@ -448,7 +473,7 @@ def _read(self:_Run, names, values):
                             f'A smaller learning rate than {self.recipe.lr} or gradient clipping usually helps.')
     for name, column in zip(names, values.T.tolist()): self.history.losses.setdefault(name, []).extend(column)
 
-# %% ../nbs/04_training.ipynb #a9d45f61
+# %% ../nbs/04_training.ipynb #6a27b133
 @patch
 def _add_row(self:_Run):
     "A row of the history: the mean of each loss since the last row, and the figures on the validation split."
@@ -461,24 +486,30 @@ def _add_row(self:_Run):
 def _measure(self:_Run):
     "Accuracy and loss on the validation split, in the precision of the training."
     if self.valid is None or not self.accelerator.is_main_process: return {}
-    with self.accelerator.autocast(): e = evaluate(self.objective.model, self.valid)
+    try:
+        with self.accelerator.autocast(): e = evaluate(self.objective.model, self.valid)
+    except ValueError as error: raise DivergedError(f'after step {self.step - 1} of {self.total} {error} A smaller learning rate than {self.recipe.lr} usually helps.') from error
     return {'accuracy': e.accuracy, 'valid_loss': e.loss}
 
 @patch
 def _seconds(self:_Run): return self.history.seconds + time.perf_counter() - self.started
 
-# %% ../nbs/04_training.ipynb #27ae94e9
+# %% ../nbs/04_training.ipynb #61106ae8
 def describe(
     objective:nn.Module, # What is trained
 )->str:
     "The objective's structure and settings, and its teachers' weights, as a short fingerprint."
-    teachers = [m.fingerprint() for m in objective.modules() if hasattr(m, 'fingerprint')]
-    return hashlib.sha256('\n'.join([repr(objective)] + teachers).encode()).hexdigest()[:16]
+    parts = [repr(objective)] + [m.fingerprint() for m in objective.modules() if hasattr(m, 'fingerprint')]
+    for m in objective.modules():  # settings that repr may not show
+        parts.append(str(sorted((k, v) for k, v in vars(m).items() if k[0] != '_' and k != 'training' and isinstance(v, (int, float, str, tuple)))))
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
 
 @patch
 def _save(self:_Run, done=False):
     "Write the checkpoint, from the main process alone; a finished run needs no optimiser any more."
     self.saved = time.perf_counter()
+    if not all(p.isfinite().all() for p in self.objective.parameters()):
+        raise DivergedError(f'a weight is no longer finite after step {self.step - 1} of {self.total}, though the losses were; no checkpoint was written. A smaller learning rate than {self.recipe.lr} usually helps.')
     if self.path is None or not self.accelerator.is_main_process: return
     scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
     meta = {**self.made_from, 'step': self.step, 'done': done, 'scaler': scaler, 'history': asdict(self.history) | {'seconds': self._seconds()}}
@@ -487,19 +518,21 @@ def _save(self:_Run, done=False):
     self.path.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(self.path, tensors, meta)
 
-# %% ../nbs/04_training.ipynb #c64720b7
+# %% ../nbs/04_training.ipynb #9d448b86
 @patch
 def _kept(self:_Run, resume):
     "The checkpoint in the folder as (tensors, meta), checked; None where the run starts anew."
     if self.path is None or not self.path.exists(): return
     if not resume: raise ValueError(f'{str(self.path.parent)!r} holds a run already: continue it with resume=True, or give another folder.')
     tensors, meta = read_checkpoint(self.path)
+    if not isinstance(meta, dict) or not isinstance(meta.get('recipe'), dict): raise ValueError(f'{str(self.path)!r} is not a checkpoint of fit: it names no recipe.')
     for part, now in self.made_from.items():
         if part not in meta: raise ValueError(f'{str(self.path)!r} is not a checkpoint of fit: it does not name its {part}.')
         if part == 'recipe' and now != meta[part]:
             changed = ', '.join(f'{k} was {meta[part].get(k)!r} and is {v!r}' for k, v in now.items() if meta[part].get(k) != v)
             raise ValueError(f'{str(self.path)!r} was made by another recipe: {changed}.')
-        if now != meta[part]: raise ValueError(f'{str(self.path)!r} was made from another {part}: it names {meta[part]}, and this run has {now}.')
+        hint = ' Seed the generator before the model is made.' if part == 'initial weights' else ''
+        if now != meta[part]: raise ValueError(f"{str(self.path)!r} was made from {'other' if hint else 'another'} {part}: it names {meta[part]}, and this run has {now}.{hint}")
     return tensors, meta
 
 @patch
@@ -558,7 +591,7 @@ def _finish(self:_Run):
     self.objective.eval()
     return self.history
 
-# %% ../nbs/04_training.ipynb #94cf9cc9
+# %% ../nbs/04_training.ipynb #1e9b9b4a
 def fit(
     objective:nn.Module, # Maps a `Batch` to {name: loss}; its parameters are trained in place
     data, # The training set: an `ImageData` or `ImageFiles`
@@ -571,4 +604,6 @@ def fit(
     save_every:float=30., # Seconds between checkpoints; they are written where losses are read, every 100 steps or oftener
 )->History: # Curves, seconds, environment
     "Minimise the sum of the losses of `objective` over `data`. Raises `ValueError` on bad input before the first step."
-    return _Run(objective, data, recipe, valid, folder, resume, device, progress, save_every).run()
+    device = fit_device(device)
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):  # the caller's random numbers stay as they were
+        return _Run(objective, data, recipe, valid, folder, resume, device, progress, save_every).run()

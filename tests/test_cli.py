@@ -121,6 +121,10 @@ def bad_files(tmp_path_factory):
     (folder/'damaged.safetensors').write_bytes(b'no weights')
     save_weights(build_model('digit_student', 10, 1, 8), folder/'student.safetensors')
     save_weights(build_model('digit_teacher', 10, 1, 8), folder/'guessing.safetensors')
+    broken = build_model('digit_teacher', 10, 1, 8)
+    torch.nn.init.constant_(broken.fc.bias, float('nan'))
+    save_weights(broken, folder/'nan.safetensors')
+    save_weights(build_model('digit_teacher', 10, 1, 8), folder/'foreign.safetensors', mean=0.5, std='imagenet')
     (folder/'other').mkdir()
     (folder/'other'/'notes.txt').write_text('mine')
     photos(folder/'damaged_photos')
@@ -136,7 +140,8 @@ def bad_files(tmp_path_factory):
     (['--labels', '-1'], 'labels'), (['--labels', '5000'], 'labels'), (['--labels', '3'], '10 classes'), (['--data', 'digit'], 'digits'), (['--data', 'folder:/nowhere'], '/nowhere'), (['--data', 'folder:EMPTY'], 'empty'),
     (['--data', 'folder:ONE'], 'class'), (['--data', 'folder:DAMAGED'], '0.png'), (['--teacher', 'resnet57'], 'resnet56'), (['--student', 'torchvision:resnet19'], 'resnet18'),
     (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'BAD/damaged.safetensors'], 'damaged'), (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
-    (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'), (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'), (['--out', 'BAD/other'], 'holds no run')])
+    (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'), (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'), (['--temperature', '1e300'], 'temperature'), (['--batch_size', '1000000000000'], 'batch_size'), (['--precision', 'float16', '--device', 'cpu'], 'float16'),
+    (['--teacher_weights', 'BAD/nan.safetensors'], 'not finite'), (['--teacher_weights', 'BAD/foreign.safetensors'], 'foreign.safetensors'), (['--out', 'BAD/other'], 'holds no run')])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_path, capsys):
     places = {'BAD': str(bad_files), 'DAMAGED': str(bad_files/'damaged_photos'), 'ONE': str(bad_files/'one_class'), 'EMPTY': str(bad_files/'empty')}
     argv = [next((a.replace(k, v) for k, v in places.items() if k in a), a) for a in argv]
@@ -160,6 +165,20 @@ def test_a_folder_of_another_run_is_refused_and_kept(finished, capsys):
     err = capsys.readouterr().err
     assert 'holds another run (alpha was 0.9 and is 0.5)' in err and err.count('\n') == 1
     assert (finished/'result.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('content', ['{"options": []}', '{"options": null}', '[]', 'no json'])
+def test_a_damaged_recipe_is_refused(tmp_path, content, capsys):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'recipe.json').write_text(content)
+    assert command(*QUICK, '--out', tmp_path/'run', '--resume') == 2
+    err = capsys.readouterr().err
+    assert 'recipe' in err and err.count('\n') == 1
+
+
+def test_resume_needs_to_know_what(capsys):
+    assert command(*QUICK, '--resume') == 2
+    assert '--out FOLDER' in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_run(tmp_path, monkeypatch, capsys):

@@ -494,6 +494,34 @@ def write_folder(root, parts=('train', 'test'), classes=('cat', 'dog'), n=10, **
     return root
 
 
+def test_links_never_bring_an_image_twice(tmp_path):
+    root = write_folder(tmp_path/'pets')
+    (root/'train'/'cat'/'me').symlink_to(root/'train'/'cat')
+    (root/'train'/'cat'/'up').symlink_to(root)
+    elsewhere = write_folder(tmp_path/'more', parts=('',), classes=('cat',), n=4)
+    (root/'train'/'cat'/'linked').symlink_to(elsewhere/'cat')
+    splits = image_folder(root)
+    assert len(splits.train) + len(splits.valid) == 20 + 4 and len(splits.test) == 20
+
+
+def test_a_link_to_nothing_is_a_damaged_image(tmp_path):
+    root = write_folder(tmp_path/'pets')
+    (root/'train'/'cat'/'gone.png').symlink_to(tmp_path/'nowhere.png')
+    with pytest.raises(ValueError, match='gone.png'): image_folder(root)
+    assert len(image_folder(root, skip_damaged=True).test) == 20
+
+
+def test_sixteen_bits_are_refused_and_not_clipped(tmp_path):
+    root = write_folder(tmp_path/'scans')
+    Image.fromarray(np.full((12, 12), 40_000, dtype=np.uint16)).save(root/'train'/'cat'/'00.png')
+    with pytest.raises(ValueError, match='00.png.*8 bits'): image_folder(root)
+
+
+def test_a_validation_folder_is_found_under_each_of_its_names_but_not_twice(tmp_path):
+    for name in ('val', 'valid', 'validation'): assert len(image_folder(write_folder(tmp_path/name, parts=('train', 'test', name))).valid) == 20
+    with pytest.raises(ValueError, match='one validation split.*val and valid'): image_folder(write_folder(tmp_path/'both', parts=('train', 'test', 'val', 'valid')))
+
+
 def test_folder_with_train_and_test(tmp_path):
     splits = image_folder(write_folder(tmp_path/'pets'))
     assert [len(s) for s in splits] == [18, 2, 20] and splits.train.classes == ['cat', 'dog'] and splits.train.name == 'pets train'

@@ -68,7 +68,8 @@ def test_a_majority_class_is_no_knowledge():
     (0.25, 1.95, list(range(10)) * 40, False),  # weak, but it knows something
     (0.60, 9.00, list(range(10)) * 40, False),  # good, and much too sure
     (0.75, 0.3, [0] * 300 + [1] * 100, True),   # always the common class
-    (0.90, 0.3, [0] * 300 + [1] * 100, False)])
+    (0.90, 0.3, [0] * 300 + [1] * 100, False),
+    (1.00, 0.1, [0] * 385 + [1] * 5, False), (1.00, 0.1, [0] * 12 + [1], False)])  # all right, though one class is rare
 def test_luck_and_knowledge_are_told_apart(accuracy, loss, labels, lucky): assert by_luck(accuracy, loss, torch.tensor(labels)) == lucky
 
 
@@ -128,10 +129,17 @@ def test_images_without_labels_are_learned_from_the_teacher_alone(teacher):
     assert weights(hidden) == weights(data)  # alpha = 1 never looks at a label
 
 
+def test_two_lambdas_are_two_divergences():
+    one, two = (DistillationLoss(divergence=d) for d in (lambda s, t, temperature: 1 * (s - t).sum(), lambda s, t, temperature: 2 * (s - t).sum()))
+    assert repr(one) != repr(two)
+
+
 def test_a_checkpoint_knows_temperature_alpha_and_divergence(teacher, tmp_path):
+    torch.manual_seed(0)
     fit(Distill(net(), teacher, 4., 0.9), images(), RECIPE, folder=tmp_path)
     for other in (dict(temperature=3.), dict(alpha=0.8), dict(divergence=reverse_kl_loss), dict(standardize=True)):
         with pytest.raises(ValueError, match='another objective'):
+            torch.manual_seed(0)
             fit(Distill(net(), teacher, **({'temperature': 4., 'alpha': 0.9} | other)), images(), RECIPE, folder=tmp_path, resume=True)
 
 
@@ -191,6 +199,23 @@ def test_an_interrupted_comparison_continues(teacher, tmp_path):
     resumed = compare(*given(), seeds=2, folder=tmp_path)
     strip = lambda c: [{k: v for k, v in r.items() if k != 'seconds'} for r in c.runs]
     assert strip(resumed) == strip(whole)
+
+
+def test_a_comparison_of_nothing_is_refused(teacher):
+    with pytest.raises(ValueError, match='contenders'): compare(net, {}, RECIPE, images())
+    with pytest.raises(ValueError, match='seeds'): compare(net, contenders(teacher, images(), images()), RECIPE, images(), seeds=0)
+    with pytest.raises(ValueError, match='grid'): tune(net, teacher, images(), images(), RECIPE, grid=())
+    with pytest.raises(ValueError, match='no image has a label'): check_teacher(teacher, images().unlabelled([]))
+    with pytest.raises(ValueError, match='another module'): fit(Distill(teacher, teacher), images(), RECIPE)
+
+
+def test_a_comparison_does_not_take_over_another_ones_runs(teacher, tmp_path):
+    compare(net, {'a': (Supervised, images())}, RECIPE, images(seed=1), seeds=1, folder=tmp_path)
+    def changed():
+        model = net()
+        nn.init.ones_(model[-1].bias)
+        return model
+    with pytest.raises(ValueError, match='other initial weights'): compare(changed, {'a': (Supervised, images())}, RECIPE, images(seed=1), seeds=1, folder=tmp_path)
 
 
 def test_tune_takes_the_first_of_the_best_on_the_validation_split(teacher):

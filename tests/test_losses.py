@@ -3,7 +3,7 @@
 The references below share nothing with the library: plain loops over float64 scalars, probabilities computed
 the way the papers write them. Their gradients come from autograd over these loops or from finite differences.
 """
-import copy, math
+import copy, math, re
 from functools import partial
 
 import pytest
@@ -480,11 +480,18 @@ def test_inputs_are_left_alone():
 
 z, v, y = draw(0, 4, 5, 1.)
 
-@pytest.mark.parametrize('T', [0, -1., math.nan, math.inf])
+@pytest.mark.parametrize('T', [0, -1., math.nan, math.inf, 1e7, 1e-7])
 def test_temperature_must_be_positive(T):
     for call in (lambda: kd_loss(z, v, T), lambda: reverse_kl_loss(z, v, T), lambda: jsd_loss(z, v, T), lambda: dkd_loss(z, v, y, T),
                  lambda: dist_loss(z, v, T), lambda: DistillationLoss(temperature=T)):
-        with pytest.raises(ValueError, match=rf'temperature must be a finite number greater than 0, but is {T}\.'): call()
+        with pytest.raises(ValueError, match=rf'temperature must be a finite number greater than 0 \(from 1e-6 to 1e6\), but is {re.escape(str(T))}\.'): call()
+
+@pytest.mark.parametrize('T', [1e-6, 1e6])
+def test_the_ends_of_the_range_of_temperatures_give_numbers(T):
+    student = draw(0, 4, 5, 1.)[0].float().requires_grad_()
+    loss = kd_loss(student, v.float(), T)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
 
 @pytest.mark.parametrize('alpha', [-0.1, 1.1, math.nan])
 def test_alpha_must_be_a_share(alpha):

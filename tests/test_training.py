@@ -282,9 +282,64 @@ def test_a_folder_with_a_run_is_continued_only_when_asked(tmp_path):
     a = Supervised(net())
     fit(a, images(), RECIPE, folder=tmp_path)
     with pytest.raises(ValueError, match='holds a run already'): fit(Supervised(net()), images(), RECIPE, folder=tmp_path)
-    b = Supervised(net(seed=5))
+    b = Supervised(net())
     h = fit(b, images(), RECIPE, folder=tmp_path, resume=True)
     assert weights(a) == weights(b) and len(h.losses['hard']) == 20
+    with pytest.raises(ValueError, match='other initial weights.*Seed'): fit(Supervised(net(seed=5)), images(), RECIPE, folder=tmp_path, resume=True)
+
+
+def test_a_setting_that_repr_does_not_show_makes_another_objective(tmp_path):
+    class Weighted(Supervised):
+        def __init__(self, model, weight):
+            super().__init__(model)
+            self.weight = weight
+        def forward(self, b): return {'hard': self.weight * super().forward(b)['hard']}
+    fit(Weighted(net(), 1.), images(), RECIPE, folder=tmp_path)
+    with pytest.raises(ValueError, match='another objective'): fit(Weighted(net(), 9.), images(), RECIPE, folder=tmp_path, resume=True)
+
+
+class Returns(Supervised):
+    "Gives what a function makes of the right loss and the number of the call."
+    def __init__(self, model, function):
+        super().__init__(model)
+        self.__dict__['function'], self.n = function, 0
+    def forward(self, b):
+        self.n += 1
+        return self.function(super().forward(b)['hard'], self.n)
+
+
+@pytest.mark.parametrize('function,said', [
+    (lambda l, n: {}, 'dict of named losses'), (lambda l, n: None, 'dict of named losses'), (lambda l, n: l, 'dict of named losses'), (lambda l, n: {'a': 1.}, 'dict of named losses'),
+    (lambda l, n: {'a': l.expand(3)}, 'dict of named losses'), (lambda l, n: {'a': l.detach()}, 'depends on a weight'), (lambda l, n: {f'a{n}': l}, 'must keep their names')])
+def test_an_objective_that_returns_something_else_is_told_so(function, said):
+    with pytest.raises(ValueError, match=said): fit(Returns(net(), function), images(), RECIPE)
+
+
+def test_what_cannot_train_is_refused(tmp_path):
+    frozen = Frozen(net()).model
+    with pytest.raises(ValueError, match='frozen in place'): fit(Supervised(frozen), images(), RECIPE)
+    with pytest.raises(ValueError, match='nn.Module'): fit(lambda b: {}, images(), RECIPE)
+    with pytest.raises(ValueError, match='no image has a label'): fit(Supervised(net()), images().unlabelled([]), RECIPE)
+    with pytest.raises(ValueError, match='4 classes'): fit(Supervised(net()), images(), RECIPE, valid=images(classes=4))
+    with pytest.raises(ValueError, match='some have none'): evaluate(net(), images().unlabelled([0, 1, 2]))
+    (tmp_path/'file').write_text('')
+    with pytest.raises(ValueError, match='folder must be a folder'): fit(Supervised(net()), images(), RECIPE, folder=tmp_path/'file')
+
+
+def test_a_last_step_that_destroys_the_weights_is_noticed(tmp_path):
+    once = replace(RECIPE, steps=1, lr=1e38, warmup=0, schedule='constant')
+    with pytest.raises(DivergedError, match='not finite'): fit(Supervised(net()), images(), once, images())
+    with pytest.raises(DivergedError, match='no longer finite'): fit(Supervised(net()), images(), replace(once, lr=1e39), folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fit_leaves_the_callers_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    torch.manual_seed(3)
+    fit(Supervised(model), images(), RECIPE)
+    assert torch.equal(torch.rand(4), expected)
 
 
 @pytest.mark.parametrize('change,named', [(dict(recipe=replace(RECIPE, lr=0.06)), 'lr was 0.05 and is 0.06'), (dict(data=images(seed=1)), 'another data'),
