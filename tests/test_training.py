@@ -170,21 +170,22 @@ def test_without_augmentation_every_view_is_the_image_itself():
 def test_the_same_recipe_gives_the_same_weights(optimizer):
     def once(seed=0):
         objective = Supervised(net(dropout=0.3))
+        torch.rand(draws.pop())  # what else the program draws must not matter
         fit(objective, images(), replace(RECIPE, optimizer=optimizer, seed=seed))
         return weights(objective)
-    torch.manual_seed(1)
+    draws = [3, 7, 1]
     first = once()
-    torch.rand(7)  # what else the program draws must not matter
     assert once() == first and once(seed=1) != first
 
 
-def test_fit_takes_the_naive_loops_steps():
+def test_fit_takes_the_naive_loops_steps_on_schedule():
     data, teacher, by_hand = digits().train, digit_teacher(), digit_student()
     start = {k: v.clone() for k, v in by_hand.state_dict().items()}
     teacher.eval()
     optimizer, loss = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4), DistillationLoss(4., 0.5)
-    recipe = replace(RECIPE, schedule='constant', warmup=0)
-    for index, view in plan(data, recipe, 0, 20):
+    recipe = replace(RECIPE, schedule='cosine', warmup=0.2)
+    for step, (index, view) in enumerate(plan(data, recipe, 0, 20)):
+        optimizer.param_groups[0]['lr'] = recipe.lr_at(step, 20)
         b = data.get(index, view)
         with torch.no_grad(): teacher_logits = teacher(b.x)
         optimizer.zero_grad()
