@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GRAIN', 'IMAGE_SUFFIXES', 'Batch', 'show_images', 'CropFlip', 'mix', 'epoch_order', 'resize_weights', 'resample',
-           'resize', 'ResizedCrop', 'crop_shapes', 'count_values', 'channel_stats', 'ImageData', 'Splits', 'stratified',
-           'digits', 'few_labels', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist', 'folder_parts', 'read_image',
-           'ImageFiles', 'image_folder', 'load_data']
+           'resize', 'ResizedCrop', 'crop_shapes', 'count_values', 'channel_stats', 'ImageData', 'view_stride',
+           'Splits', 'stratified', 'digits', 'few_labels', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist',
+           'folder_parts', 'read_image', 'ImageFiles', 'image_folder', 'load_data']
 
 # %% ../nbs/02_data.ipynb #9867b1bb
 import copy, hashlib, json, math, os, sys
@@ -252,10 +252,10 @@ def _check_labels(y, n, classes):
         raise ValueError(f'labels must be from 0 to {len(classes) - 1}, or {UNLABELLED} for none, but y holds {str(wrong[:5])[1:-1]}.')
     if len(found) == 1: raise ValueError(f'labels must cover at least 2 classes, but every label is {found[0]} ({classes[found[0]]!r}).')
 
-# %% ../nbs/02_data.ipynb #260314a3
+# %% ../nbs/02_data.ipynb #167d65a9
 class ImageData:
     "Square images as one uint8 tensor on a device, with labels, views and normalisation."
-    _settings = ('augment', 'mean', 'std', 'size', 'name')  # what `replace` can change
+    _settings = ('augment', 'mean', 'std', 'size', 'name', 'views')  # what `replace` can change
 
     def __init__(self,
         x:Tensor,  # Pixels, uint8, shape (N, channels, H, W) with H = W
@@ -266,6 +266,7 @@ class ImageData:
         augment=CropFlip(),  # Makes the views: `CropFlip` or `ResizedCrop`
         size:int=None,  # Side of the images that the model sees; what `augment` gives if None
         name:str='',  # For tables and messages
+        views:int=None,  # Show only this many views of each image; all that `augment` has if None
     ):
         self.x, self.y, self.classes = torch.as_tensor(x), torch.as_tensor(y), [str(c) for c in classes]
         _check_images(self.x)
@@ -273,22 +274,24 @@ class ImageData:
         self.y = self.y.to(self.x.device, torch.int64)
         if mean is None or std is None: stats = channel_stats(count_values(self.x))
         self.mean, self.std = stats[0] if mean is None else mean, stats[1] if std is None else std
-        self.augment, self.fixed_size, self.name = augment, size, name
+        self.augment, self.fixed_size, self.name, self.views = augment, size, name, views
         self._prepare()
 
-# %% ../nbs/02_data.ipynb #058dbcd5
+# %% ../nbs/02_data.ipynb #515987f8
 @patch
 def _prepare(self:ImageData):
-    "Check size and normalisation, and put the normalisation on the device."
+    "Check the settings, and put the normalisation on the device."
     if self.fixed_size is not None and self.fixed_size < 1: raise ValueError(f'size must be at least 1, but is {self.fixed_size}.')
+    if self.views is not None and not (isinstance(self.views, int) and 1 <= self.views <= self.augment.n):
+        raise ValueError(f'views must be a whole number from 1 to the {self.augment.n:,} that {self.augment} has, but is {self.views!r}.')
     self.mean, self.std = ([float(u) for u in v] for v in (self.mean, self.std))
     for name, v in (('mean', self.mean), ('std', self.std)):
         if len(v) != self.channels: raise ValueError(f'{name} must hold one number for each of the {self.channels} channels, but is {v}.')
     if min(self.std) <= 0: raise ValueError(f'std must be greater than 0, but is {self.std}.')
     mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.mean, self.std))
-    self._scale, self._shift, self._hash = 1/(255*std), -mean/std, None
+    self._scale, self._shift, self._hash = 1/(255*std), -mean/std, {}
 
-# %% ../nbs/02_data.ipynb #97771448
+# %% ../nbs/02_data.ipynb #9f22ed34
 @patch
 def __len__(self:ImageData): return len(self.y)
 
@@ -309,7 +312,9 @@ def size(self:ImageData):
     return self.fixed_size or getattr(self.augment, 'size', self.side)
 
 @patch(as_prop=True)
-def n_views(self:ImageData): return self.augment.n
+def n_views(self:ImageData):
+    "How many views of each image are shown."
+    return self.views or self.augment.n
 
 # %% ../nbs/02_data.ipynb #e5700a3d
 @patch
@@ -344,7 +349,7 @@ def get(self:ImageData,
     view = torch.zeros_like(index) if view is None else torch.as_tensor(view, device=self.device)
     return self._finish(self.pixels(index), index, view)
 
-# %% ../nbs/02_data.ipynb #c787780d
+# %% ../nbs/02_data.ipynb #2f414383
 @patch
 def view_of(self:ImageData,
     seed:int,  # Of the run
@@ -352,7 +357,8 @@ def view_of(self:ImageData,
     index:Tensor,  # Positions, shape (B,)
 )->Tensor:  # Numbers of views, int64, shape (B,)
     "The view that each image gets in an epoch: a pure function of seed, epoch and position."
-    return mix(seed, epoch, torch.as_tensor(index)) % self.n_views
+    number = mix(seed, epoch, torch.as_tensor(index)) % self.n_views
+    return number if self.views is None else self.view_at(index, number)
 
 # %% ../nbs/02_data.ipynb #75a75d38
 @patch
@@ -379,10 +385,10 @@ def _copy(self:ImageData, **changes):
     new._prepare()
     return new
 
-# %% ../nbs/02_data.ipynb #09e93e80
+# %% ../nbs/02_data.ipynb #4cfc4572
 @patch
 def replace(self:ImageData,
-    **changes,  # New values of augment, mean, std, size or name
+    **changes,  # New values of augment, mean, std, size, name or views
 )->ImageData:
     "A copy with other settings."
     if unknown := [k for k in changes if k not in self._settings]:
@@ -443,20 +449,51 @@ def unlabelled(self:ImageData,
     y[keep] = self.y[keep]
     return self._copy(y=y)
 
-# %% ../nbs/02_data.ipynb #7e686b40
+# %% ../nbs/02_data.ipynb #f878119f
 @patch
 def digests(self:ImageData)->bytes:  # 32 bytes for each image
     "SHA-256 of each image's pixels, one after the other."
     return b''.join(hashlib.sha256(image).digest() for image in self.x.cpu().contiguous().numpy())
 
 @patch
-def fingerprint(self:ImageData)->str:  # 16 hexadecimal digits
+def fingerprint(self:ImageData,
+    labels:bool=True,  # With labels, class names and the choice of views? Without, it names the images in all their views
+)->str:  # 16 hexadecimal digits
     "Names all that decides what `get` returns."
-    if self._hash is None:
+    if labels not in self._hash:
         about = dict(shape=[len(self), self.channels, self.side], classes=self.classes, augment=repr(self.augment),
                      size=self.size, mean=self.mean, std=self.std)
-        self._hash = hashlib.sha256(json.dumps(about).encode() + self.y.cpu().numpy().tobytes() + self.digests()).hexdigest()[:16]
-    return self._hash
+        if self.views: about['views'] = self.views
+        if not labels: about = {k: v for k, v in about.items() if k not in ('classes', 'views')}
+        y = self.y.cpu().numpy().tobytes() if labels else b''
+        self._hash[labels] = hashlib.sha256(json.dumps(about).encode() + y + self.digests()).hexdigest()[:16]
+    return self._hash[labels]
+
+# %% ../nbs/02_data.ipynb #476660a5
+@lru_cache(maxsize=None)
+def view_stride(
+    n:int,  # Number of views
+)->int:  # Between 1 and n, without a common divisor with n
+    "The step from one view of an image to the next that is shown."
+    return next(s for s in range(max(1, round(0.618*n)), n + 1) if math.gcd(s, n) == 1)
+
+@patch
+def view_at(self:ImageData,
+    index:Tensor,  # Positions, shape (B,)
+    number:Tensor,  # Which of the image's views: from 0 to n_views-1, shape (B,)
+)->Tensor:  # Numbers of views, int64, shape (B,)
+    "The first view that an image shows, its second, and so on: V of them are the first V of more."
+    n = self.augment.n
+    return (mix(1, index) % n + number*view_stride(n)) % n
+
+@patch
+def view_number(self:ImageData,
+    index:Tensor,  # Positions, shape (B,)
+    view:Tensor,  # Numbers of views, shape (B,)
+)->Tensor:  # int64, shape (B,), from 0 to the number of all views - 1
+    "Where in its image's list a view stands: undoes `view_at`."
+    n = self.augment.n
+    return (view - mix(1, index) % n) % n*pow(view_stride(n), -1, n) % n
 
 # %% ../nbs/02_data.ipynb #812d7c23
 class Splits(NamedTuple):
@@ -700,7 +737,7 @@ def _threads(files):
     sample = files[::max(1, len(files)//16)]
     return 1 if sum(os.path.getsize(f) for f in sample if os.path.exists(f)) < 16_000*len(sample) else min(8, os.cpu_count() or 1)
 
-# %% ../nbs/02_data.ipynb #f0a4508d
+# %% ../nbs/02_data.ipynb #744e4a3f
 class ImageFiles(ImageData):
     "Like `ImageData`, for images that do not fit in memory: files are read when they are asked for."
     _settings = ImageData._settings + ('workers',)
@@ -717,11 +754,12 @@ class ImageFiles(ImageData):
         size:int=None,  # Side of the images that the model sees
         name:str='',  # For tables and messages
         workers:int=None,  # Processes that read; one for each core, at most 8, if None
+        views:int=None,  # Show only this many views of each image; all that `augment` has if None
     ):
         y, self.classes = torch.as_tensor(y), [str(c) for c in classes]
         _check_labels(y, len(files), self.classes)
         self.y, self.files, self.hashes, self.mean, self.std = y.long(), files, hashes, mean, std
-        self.stored, self.augment, self.fixed_size, self.name = (len(mean), side), augment, size, name
+        self.stored, self.augment, self.fixed_size, self.name, self.views = (len(mean), side), augment, size, name, views
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
         self._prepare()
 

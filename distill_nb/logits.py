@@ -53,7 +53,7 @@ def check_teacher(
                          'these classes, it sees the images in another form than in its training, or these are too few images to tell. Fine-tune it first, or check the normalisation.')
     return e.accuracy
 
-# %% ../nbs/05_logits.ipynb #ad802c71
+# %% ../nbs/05_logits.ipynb #e3a68784
 class Distill(Objective):
     "Logit matching: (1−α)·CE(hard labels) + α·T²·KL(teacher ‖ student). Images without a label have only the soft part."
     def __init__(self,
@@ -76,6 +76,7 @@ class Distill(Objective):
         "Class counts of student, teacher and data; and the teacher's exam, on the validation split where there is one."
         check_classes(self.model, data, 'the student')
         if self.model is self.teacher.model: raise ValueError('the student must be another module than the teacher, which is frozen; use copy.deepcopy(teacher).')
+        self.teacher.check(data)
         check_teacher(self.teacher, data if valid is None else valid)
 
 # %% ../nbs/05_logits.ipynb #6a2890fc
@@ -128,7 +129,7 @@ def _measure(student, teacher_logits, valid, test):
     if teacher_logits is not None: found['agreement'] = agreement(logits, teacher_logits)
     return found
 
-# %% ../nbs/05_logits.ipynb #991b832c
+# %% ../nbs/05_logits.ipynb #d5f41166
 def compare(
     make_student, # Called without arguments; makes a new student (the seed is set before)
     contenders:dict, # {name: (function from a student to an objective, training data)}; the first is the baseline
@@ -140,6 +141,7 @@ def compare(
     folder:str|Path|None=None, # Checkpoints, one folder per run; a comparison that was interrupted continues
     device:str|None=None, # As in `fit`
     progress:bool=True, # Show a bar
+    compile:bool=False, # As in `fit`
 )->Comparison:
     "Train every contender from the same initial weights, for the same steps, over several seeds."
     from tqdm.auto import tqdm
@@ -155,7 +157,7 @@ def compare(
         make, data = contenders[name]
         torch.manual_seed(seed)
         student = make_student()
-        history = fit(make(student), data, replace(recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress)
+        history = fit(make(student), data, replace(recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
         result.runs.append({'model': name, 'seed': seed, 'seconds': history.seconds} | _measure(student, teacher_logits, valid, test))
         result.keep(name, result.runs[-1]['valid_accuracy'], student, history)
     return result
@@ -220,7 +222,7 @@ def plot(self:Comparison,
     if ax is None: left.figure.tight_layout()
     return left.figure
 
-# %% ../nbs/05_logits.ipynb #73031bc3
+# %% ../nbs/05_logits.ipynb #fa571baa
 GRID = ((1., 0.5), (2., 0.5), (4., 0.5), (4., 0.9))  # pairs (temperature, alpha) that `tune` tries
 
 def tune(
@@ -230,7 +232,7 @@ def tune(
     valid, # Validation split, on which the choice is made
     recipe:Recipe, # The same for all
     grid=GRID, # Pairs (temperature, alpha)
-    **kwargs, # `seeds`, `folder`, `device`, `progress` of `compare`
+    **kwargs, # `seeds`, `folder`, `device`, `progress`, `compile` of `compare`
 )->tuple: # The best pair, and a row per pair
     "Try each pair of temperature and alpha on the validation split; the first of the best wins."
     if not grid: raise ValueError('grid must hold at least one pair (temperature, alpha), but is empty.')

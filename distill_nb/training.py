@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'PRECISIONS', 'Frozen', 'evaluating', 'calibration_error', 'predict', 'Evaluation',
            'evaluate', 'best_precision', 'scheduled', 'optimizer_tensors', 'restore_optimizer', 'write_checkpoint',
            'read_checkpoint', 'Recipe', 'plan', 'Objective', 'check_classes', 'Supervised', 'History', 'environment',
-           'DivergedError', 'fit_device', 'seed_noise', 'describe', 'fit']
+           'DivergedError', 'fit_device', 'image_order', 'seed_noise', 'describe', 'fit']
 
 # %% ../nbs/04_training.ipynb #cb3526fc
 import hashlib, json, math, time
@@ -24,7 +24,7 @@ from .data import Batch, epoch_order, mix
 from .losses import UNLABELLED, hard_loss
 from .models import fingerprint, read_weights, write_atomic
 
-# %% ../nbs/04_training.ipynb #6224a01a
+# %% ../nbs/04_training.ipynb #73be39cc
 class Frozen(nn.Module):
     "A teacher: no gradients, always in eval mode, and invisible to the module that holds it."
     def __init__(self,
@@ -40,6 +40,10 @@ class Frozen(nn.Module):
     def fingerprint(self)->str:
         "The fingerprint of the teacher's weights."
         return fingerprint(self.model.state_dict())
+
+    def check(self, data):
+        "Raise a `ValueError` if this teacher can't answer for `data`."
+        check_classes(self.model, data, 'the teacher')
 
     def forward(self, batch:Batch)->Tensor: # Logits, shape (B, C)
         "The teacher's logits for a batch."
@@ -360,18 +364,19 @@ def environment(
     gpu = f', {torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
     return {'hardware': f'{cpu}, {torch.get_num_threads()} threads{gpu}', 'software': f'Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}'}
 
-# %% ../nbs/04_training.ipynb #947642c0
+# %% ../nbs/04_training.ipynb #aa798c64
 class DivergedError(ValueError):
     "A loss became NaN or infinite."
 
 class _Run:
     "One run of `fit`: built from what the user gave, then `run()`."
-    def __init__(self, objective, data, recipe, valid, folder, resume, device, progress, save_every):
+    def __init__(self, objective, data, recipe, valid, folder, resume, device, progress, save_every, compile=False):
         if not isinstance(objective, nn.Module): raise ValueError(f'objective must be an nn.Module that maps a Batch to named losses, but is a {type(objective).__name__}.')
         _must(folder is None or not Path(folder).exists() or Path(folder).is_dir(), 'folder', str(folder), 'a folder')
-        if hasattr(objective, 'check'): objective.check(data, valid)
         self.objective, self.recipe, self.valid, self.progress, self.save_every = objective, recipe, valid, progress, save_every
         self.accelerator = _accelerator(recipe, device)
+        with self.accelerator.autocast():  # in the precision of the training, which decides what a teacher answers
+            if hasattr(objective, 'check'): objective.check(data, valid)
         self.total = recipe.total_steps(len(data))
         self.path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
         self.made_from = {'recipe': asdict(recipe), 'data': data.fingerprint(), 'objective': describe(objective),
@@ -379,7 +384,7 @@ class _Run:
         self.noise = int(mix(recipe.seed, self.accelerator.process_index)) % 2**48  # seeds dropout, with the step added: below 2**48, so that no sum overflows
         self.step, self.history = 0, History(environment=environment(self.accelerator.device))
         kept = self._kept(resume)
-        self._place(data)
+        self._place(data, compile)
         if kept: self._restore(*kept)
 
 # %% ../nbs/04_training.ipynb #c9a6dfc4
@@ -411,17 +416,33 @@ def _accelerator(recipe, device):
     mixed = {'float32': 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}[precision]
     return Accelerator(cpu=want.type == 'cpu', mixed_precision=mixed, gradient_accumulation_steps=pieces)
 
-# %% ../nbs/04_training.ipynb #933b37a0
+# %% ../nbs/04_training.ipynb #85e37529
+def image_order(
+    half:bool, # Is it computed in 16 bits?
+    device:torch.device, # Where
+)->torch.memory_format:
+    "The order of images in memory that convolutions like: channels last, except for float32 on the CPU."
+    return torch.channels_last if half or device.type == 'cuda' else torch.contiguous_format
+
+# %% ../nbs/04_training.ipynb #8ab63d19
 @patch
-def _place(self:_Run, data):
-    "Put data and objective onto the device, in the memory order that it likes, and wrap them for several processes."
+def _place(self:_Run, data, compile):
+    "Put data and objective onto the device, in the memory order that it likes; wrap for several processes, and compile if asked to."
     acc = self.accelerator
     self.data = data.to(acc.device)
     if self.valid is not None: self.valid = self.valid.to(acc.device)
-    self.order = torch.channels_last if acc.mixed_precision != 'no' or acc.device.type == 'cuda' else torch.contiguous_format
+    self.order = image_order(acc.mixed_precision != 'no', acc.device)
     self.objective.to(acc.device).to(memory_format=self.order)
     optimizer = self.recipe.make_optimizer(self.objective.parameters())
     self.wrapped, self.optimizer = acc.prepare(self.objective, optimizer)
+    if compile: self.wrapped = _compiled(self.wrapped, acc.device)
+
+def _compiled(module, device):
+    "`module` as `torch.compile` makes it; on the CPU that needs a C++ compiler."
+    import os, shutil
+    found = [c for c in (os.environ.get('CXX'), 'c++', 'g++', 'clang++', 'cl') if c and shutil.which(c)]
+    if device.type == 'cpu' and not found: raise ValueError('compile must be False on this machine: torch.compile needs a C++ compiler for the CPU, and there is none (g++, clang++).')
+    return torch.compile(module)
 
 # %% ../nbs/04_training.ipynb #5d71c4a4
 def seed_noise(
@@ -543,10 +564,10 @@ def _restore(self:_Run, tensors, meta):
     if not meta['done']: restore_optimizer(self.optimizer, tensors)
     if meta['scaler']: self.accelerator.scaler.load_state_dict(meta['scaler'])
 
-# %% ../nbs/04_training.ipynb #25129173
+# %% ../nbs/04_training.ipynb #d420c429
 @patch
-def run(self:_Run):
-    "Train to the last step and return the history."
+def steps(self:_Run):
+    "Train to the last step; yields after each, so that a measurement can look in between."
     acc, r, self.started = self.accelerator, self.recipe, time.perf_counter()
     epochs = max(1, round(self.total * r.batch_size / len(self.data)))
     every = math.ceil(self.total / min(50, epochs))  # steps between two rows
@@ -565,7 +586,13 @@ def run(self:_Run):
             bar.update(len(values))
             values = []
             if time.perf_counter() - self.saved >= self.save_every: self._save()
+        yield
     bar.close()
+
+@patch
+def run(self:_Run):
+    "Train to the last step and return the history."
+    for _ in self.steps(): pass
     return self._finish()
 
 # %% ../nbs/04_training.ipynb #f9fa2935
@@ -591,7 +618,7 @@ def _finish(self:_Run):
     self.objective.eval()
     return self.history
 
-# %% ../nbs/04_training.ipynb #1e9b9b4a
+# %% ../nbs/04_training.ipynb #6f5e88f5
 def fit(
     objective:nn.Module, # Maps a `Batch` to {name: loss}; its parameters are trained in place
     data, # The training set: an `ImageData` or `ImageFiles`
@@ -602,8 +629,9 @@ def fit(
     device:str|None=None, # 'cpu', 'cuda', ...; None lets `accelerate` choose
     progress:bool=True, # Show a progress bar on anything longer than a second
     save_every:float=30., # Seconds between checkpoints; they are written where losses are read, every 100 steps or oftener
+    compile:bool=False, # Compile the objective with `torch.compile`: a minute or more at the start, for long runs on a GPU
 )->History: # Curves, seconds, environment
     "Minimise the sum of the losses of `objective` over `data`. Raises `ValueError` on bad input before the first step."
     device = fit_device(device)
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):  # the caller's random numbers stay as they were
-        return _Run(objective, data, recipe, valid, folder, resume, device, progress, save_every).run()
+        return _Run(objective, data, recipe, valid, folder, resume, device, progress, save_every, compile).run()

@@ -1,0 +1,447 @@
+"""Cached answers are the teacher's, whatever happens to the file, the process or the order of the questions."""
+import copy, os, signal, subprocess, sys, time, warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from distill_nb import cache
+from distill_nb.cache import HEAD, CachedTeacher, Form, checksum
+from distill_nb.data import CropFlip, ResizedCrop, digits, image_folder
+from distill_nb.logits import Distill
+from distill_nb.models import digit_student, fingerprint
+from distill_nb.training import Frozen, Recipe, Supervised, fit, plan
+
+
+def make_data(n=60, pad=1, **kw):
+    data = digits().train.subset(range(n))
+    return data.replace(augment=CropFlip(pad, **kw))
+
+
+def make_teacher(seed=0):
+    torch.manual_seed(seed)
+    teacher = digit_student()
+    for m in teacher.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+    return teacher
+
+
+def trained():
+    train, valid, _ = digits()
+    torch.manual_seed(0)
+    teacher = digit_student()
+    fit(Supervised(teacher), train, Recipe(epochs=3, batch_size=64, optimizer='adamw', lr=0.03, precision='float32'))
+    return teacher, train, valid
+
+
+def everything(data, size=32):
+    "All views of all images, in batches."
+    for number in range(data.n_views):
+        for index in torch.arange(len(data)).split(size): yield data.get(index, data.view_at(index, torch.full_like(index, number)))
+
+
+def wrong(cached, teacher, data, size=32):
+    "The largest error of any answer."
+    live = Frozen(teacher)
+    return max((cached(b) - live(b)).abs().max().item() for b in everything(data, size))
+
+
+# --- records
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+def test_records_hold_what_the_type_holds(dtype):
+    v = 10*torch.randn(50, 7)
+    form = Form(7, dtype)
+    records = form.pack(v)
+    assert records.dtype == torch.int16 and records.shape == (50, form.words)
+    assert torch.equal(form.unpack(records), v.to(getattr(torch, dtype)).float())
+
+
+@pytest.mark.parametrize('C,k,T', [(4, 1, 1.), (100, 10, 4.), (40_000, 5, 2.)])
+def test_top_logits_keep_their_probabilities_and_the_mass_of_the_rest(C, k, T):
+    v = 5*torch.randn(6, C)
+    form = Form(C, 'float32', top=k, temperature=T)
+    told = form.unpack(form.pack(v)).double()
+    for row, kept in zip(v.double().numpy(), told.numpy()):
+        p = np.exp(row/T - np.max(row/T)); p /= p.sum()
+        q = np.exp(kept/T - np.max(kept/T)); q /= q.sum()
+        best = np.argsort(-row)[:k]
+        others = np.setdiff1d(np.arange(C), best)
+        np.testing.assert_allclose(q[best], p[best], rtol=1e-4)
+        np.testing.assert_allclose(q[others], p[others].sum()/(C - k), rtol=1e-4)
+
+
+def test_a_checksum_sees_every_bit_and_the_place():
+    records, rows = torch.randint(-2**15, 2**15, (64, 12), dtype=torch.int16), torch.arange(64)
+    good = checksum(records, rows)
+    assert good.any(1).all()
+    for word in range(12):
+        for bit in range(16):
+            other = records.clone()
+            other[:, word] ^= torch.tensor(1 << bit).short() if bit < 15 else torch.tensor(-2**15).short()
+            assert (checksum(other, rows) != good).any(1).all()
+    assert (checksum(records, rows.flip(0)) != good).any(1).all() and (checksum(torch.zeros_like(records), rows) != 0).any(1).all()
+
+
+# --- the same answers as the live teacher
+
+def test_every_view_bit_for_bit_in_the_same_batches():
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, dtype='float32')
+    assert wrong(cached, teacher, data) == 0 and cached.asked == cached.rows == 540
+    assert wrong(cached, teacher, data) == 0 and cached.asked == 540 and cached.answered == 1080
+
+
+def test_bfloat16_answers_bit_for_bit():
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, dtype='bfloat16')
+    with torch.autocast('cpu', torch.bfloat16):
+        for _ in range(2): assert wrong(cached, teacher, data) == 0
+        assert Frozen(teacher)(data.get(torch.arange(3))).dtype == torch.bfloat16
+    assert wrong(cached, teacher, data) > 0  # in float32 the teacher says something else, and is asked for it
+    assert cached.asked == 2*cached.rows
+
+
+def test_each_precision_has_its_own_answers(tmp_path):
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, tmp_path)
+    batch = data.get(torch.arange(60))
+    full = cached(batch)
+    with torch.autocast('cpu', torch.bfloat16): half = cached(batch)
+    assert not torch.equal(full, half) and torch.equal(cached(batch), full) and len(list(tmp_path.iterdir())) == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_order_of_questions(draw):
+    data, teacher = make_data(20), make_teacher()
+    views = draw.draw(st.integers(1, 9))
+    cached, live, first = CachedTeacher(teacher, data, views=views), Frozen(teacher), {}
+    for _ in range(draw.draw(st.integers(1, 5))):
+        pairs = draw.draw(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 8)), min_size=1, max_size=30))
+        batch = data.get(*(torch.tensor(t) for t in zip(*pairs)))
+        told, said = cached(batch), live(batch)
+        torch.testing.assert_close(told, said, rtol=2e-3, atol=1e-4)
+        inside = data.view_number(batch.index, batch.view) < views
+        for pair, answer, kept in zip(pairs, told, inside):  # a kept answer never changes
+            if kept: assert torch.equal(first.setdefault(pair, answer), answer)
+
+
+def test_views_that_are_not_kept_are_answered_live():
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, views=2, dtype='float32').fill(precision='float32')
+    assert cached.asked == 120
+    index = torch.arange(60)
+    outside = data.get(index, data.view_at(index, torch.full_like(index, 5)))
+    cached._tables[torch.float32].left = 1  # as if one were still missing: then it looks at each
+    assert torch.equal(cached(outside), Frozen(teacher)(outside)) and torch.equal(cached(outside), Frozen(teacher)(outside))
+    assert cached.asked == 240
+
+
+def test_logits_beyond_the_type_are_asked_again_and_never_infinite():
+    data, teacher = make_data(), make_teacher()
+    with torch.no_grad(): teacher.fc.bias[3] = 1e5
+    cached = CachedTeacher(teacher, data)
+    for asked in (540, 1080):
+        assert wrong(cached, teacher, data) < 0.1 and cached.asked == asked
+
+
+def test_files_on_disk_are_asked_about_too(tmp_path):
+    from PIL import Image
+    for split in ('train', 'test'):
+        for name in ('a', 'b'):
+            (tmp_path/split/name).mkdir(parents=True)
+            for i in range(12): Image.fromarray(torch.randint(0, 256, (8, 8), dtype=torch.uint8).numpy()).save(tmp_path/split/name/f'{i}.png')
+    data = image_folder(tmp_path, max_bytes=1, workers=0).train.replace(augment=CropFlip(1))
+    teacher = digit_student(2)
+    cached = CachedTeacher(teacher, data, tmp_path/'answers', views=3, dtype='float32').fill(batch_size=8, precision='float32')
+    assert wrong(cached, teacher, cached.data, 8) < 1e-5 and cached.asked == cached.rows
+
+
+# --- the teacher
+
+def test_the_teacher_stays_frozen_hidden_and_the_same():
+    teacher, data, valid = trained()
+    before = fingerprint(teacher.state_dict())
+    cached = CachedTeacher(teacher, data)
+    objective = Distill(digit_student(), cached)
+    objective.train()
+    teacher.train()
+    fit(objective, data, Recipe(steps=5, batch_size=20, precision='float32'), valid)
+    assert fingerprint(teacher.state_dict()) == before and not any(m.training for m in teacher.modules())
+    assert not list(cached.parameters()) and not cached.state_dict() and not any(k.startswith('teacher') for k in objective.state_dict())
+
+
+def test_a_frozen_or_cached_teacher_can_be_given_instead_of_the_model():
+    data, teacher = make_data(), make_teacher()
+    assert CachedTeacher(CachedTeacher(Frozen(teacher), data), data).model is teacher
+
+
+# --- training
+
+def test_the_fast_loop_takes_the_steps_of_the_naive_one():
+    data, teacher = make_data(200), make_teacher()
+    recipe = Recipe(steps=20, batch_size=50, optimizer='adam', lr=1e-3, weight_decay=0, schedule='constant', warmup=0, precision='float32')
+    torch.manual_seed(1)
+    naive = digit_student()
+    fast = copy.deepcopy(naive)
+    optimizer = torch.optim.Adam(naive.parameters(), lr=1e-3)
+    T, a = 3., 0.7
+    naive.train()
+    teacher.eval()
+    for index, view in plan(data, recipe, 0, 20):
+        b = data.get(index, view)
+        with torch.no_grad(): p = (teacher(b.x)/T).softmax(1)
+        z = naive(b.x)
+        soft = (p*(p.log() - (z/T).log_softmax(1))).sum(1).mean()
+        optimizer.zero_grad()
+        ((1 - a)*nn.functional.cross_entropy(z, b.y) + a*T**2*soft).backward()
+        optimizer.step()
+    for n in range(2):  # the second time from kept answers alone
+        objective = Distill(copy.deepcopy(fast), cached := CachedTeacher(teacher, data, dtype='float32') if n == 0 else cached, T, a)
+        objective.check = lambda *_: None  # the teacher of this test knows nothing
+        fit(objective, data, recipe)
+        for p, q in zip(naive.state_dict().values(), objective.model.state_dict().values()): torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)
+    assert cached.asked <= cached.rows < cached.answered
+
+
+def test_a_run_that_is_killed_resumes_with_its_answers_to_the_same_weights(tmp_path):
+    teacher, train, valid = trained()
+    def go(folder, stop=False, resume=False):
+        torch.manual_seed(5)
+        objective = Distill(digit_student(), CachedTeacher(teacher, train, folder/'answers'))
+        steps = objective.forward
+        calls = []
+        def forward(batch):
+            calls.append(0)
+            if stop and len(calls) > 25: raise KeyboardInterrupt
+            return steps(batch)
+        objective.forward = forward
+        fit(objective, train, Recipe(epochs=3, batch_size=64, lr=0.05, precision='float32'), valid, folder/'run', resume, save_every=0)
+        return fingerprint(objective.model.state_dict())
+    straight = go(tmp_path/'a')
+    with pytest.raises(KeyboardInterrupt): go(tmp_path/'b', stop=True)
+    assert go(tmp_path/'b', resume=True) == straight
+
+
+def test_other_images_more_views_and_other_padding_are_refused_before_the_first_step():
+    teacher, train, valid = trained()
+    cached = CachedTeacher(teacher, train, views=4)
+    for data, said in ((train, 'keeps 4 views'), (train.subset(range(100)), 'other images'), (train.replace(augment=CropFlip(2)), 'other images'), (train.replace(size=12), 'other images'),
+                       (train.with_normalisation([0.5], [0.5]), 'other images')):
+        student = digit_student()
+        before = fingerprint(student.state_dict())
+        with pytest.raises(ValueError, match=said): fit(Distill(student, cached), data, Recipe(steps=1, batch_size=10), valid)
+        assert fingerprint(student.state_dict()) == before
+    for data in (cached.data, train.replace(views=2), cached.data.unlabelled(range(20))): Distill(digit_student(), cached).check(data, valid)
+
+
+def test_compile_is_an_option_that_changes_nothing_but_the_speed(monkeypatch):
+    teacher, train, valid = trained()
+    used, real = [], torch.compile
+    def compiled(module): used.append(module); return real(module, backend='eager')
+    monkeypatch.setattr(torch, 'compile', compiled)
+    def go(**kw):
+        torch.manual_seed(0)
+        objective = Distill(digit_student(), CachedTeacher(teacher, train))
+        fit(objective, train, Recipe(steps=12, batch_size=64, precision='float32'), valid, **kw)
+        assert 'forward' not in vars(objective)
+        return objective.model.state_dict()
+    plain, fast = go(), go(compile=True)
+    assert len(used) == 1
+    for p, q in zip(plain.values(), fast.values()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_without_a_compiler_is_refused_before_the_first_step(monkeypatch):
+    import shutil
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    teacher, train, valid = trained()
+    with pytest.raises(ValueError, match='compile'): fit(Distill(digit_student(), teacher), train, Recipe(steps=1, batch_size=10), valid, compile=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_step_from_kept_answers_never_waits_for_the_gpu():
+    from distill_nb.training import _Run
+    teacher, train, valid = trained()
+    cached = CachedTeacher(teacher, train, views=1).fill()
+    run = _Run(Distill(digit_student(), cached), cached.data, Recipe(steps=90, batch_size=64), None, None, False, 'cuda', False, 1e9)
+    steps = run.steps()
+    for _ in range(3): next(steps)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for _ in range(20): next(steps)
+    finally: torch.cuda.set_sync_debug_mode('default')
+
+
+# --- the file
+
+FILLER = '''
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_cache import make_data, make_teacher, everything
+from distill_nb.cache import CachedTeacher
+data, teacher = make_data(), make_teacher()
+cached = CachedTeacher(teacher, data, sys.argv[1], dtype='float32')
+print('open', flush=True)
+for batch in everything(data, int(sys.argv[2])):
+    cached(batch)
+    if len(sys.argv) > 3: import time; time.sleep(float(sys.argv[3]))
+print(cached.asked, flush=True)
+'''
+
+
+def filler(folder, size, *more):
+    code = FILLER.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, '-c', code, str(folder), str(size), *map(str, more)], stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+
+
+def test_another_process_finds_the_answers(tmp_path):
+    assert filler(tmp_path, 60).communicate()[0].split() == ['open', '540']
+    cached = CachedTeacher(make_teacher(), make_data(), tmp_path, dtype='float32')
+    assert wrong(cached, make_teacher(), make_data()) < 1e-5 and cached.asked == 0
+
+
+def test_what_was_answered_before_a_kill_is_kept_and_right(tmp_path):
+    p = filler(tmp_path, 5, 0.003)
+    assert p.stdout.readline() == 'open\n'
+    time.sleep(0.1)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    cached = CachedTeacher(make_teacher(), make_data(), tmp_path, dtype='float32')
+    assert wrong(cached, make_teacher(), make_data(), 5) < 1e-5 and 0 < cached.asked < 540
+    again = CachedTeacher(make_teacher(), make_data(), tmp_path, dtype='float32')
+    assert wrong(again, make_teacher(), make_data()) < 1e-5 and again.asked == 0
+
+
+def test_two_processes_that_fill_at_once_lose_nothing(tmp_path):
+    fillers = [filler(tmp_path, size, 0.001) for size in (7, 11)]
+    asked = [int(p.communicate()[0].split()[1]) for p in fillers]
+    assert 540 <= sum(asked) <= 1080
+    cached = CachedTeacher(make_teacher(), make_data(), tmp_path, dtype='float32')
+    assert wrong(cached, make_teacher(), make_data()) < 1e-5 and cached.asked == 0 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_process_uses_what_another_wrote_meanwhile(tmp_path):
+    data, teacher = make_data(), make_teacher()
+    early = CachedTeacher(teacher, data, tmp_path)
+    early(data.get(torch.arange(10)))
+    CachedTeacher(teacher, data, tmp_path).fill(precision='float32')
+    assert wrong(early, teacher, data) < 0.01 and early.asked == 10
+
+
+@pytest.fixture
+def filled(tmp_path):
+    CachedTeacher(make_teacher(), make_data(), tmp_path).fill(precision='float32')
+    return next(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('left', [HEAD, HEAD + 1, HEAD + 24*100 + 7, HEAD + 24*540 - 1])
+def test_a_file_that_was_cut_short_is_completed(filled, left):
+    with open(filled, 'r+b') as f: f.truncate(left)
+    cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
+    with warnings.catch_warnings(record=True): assert wrong(cached, make_teacher(), make_data()) < 0.01
+    assert cached.asked == 540 - (left - HEAD)//24
+
+
+@pytest.mark.parametrize('content', [b'', b'{}', b'no json'.ljust(HEAD), b'[1]'.ljust(HEAD), b'{"format": 1}'])
+def test_a_file_without_its_first_page_is_refused(filled, content):
+    filled.write_bytes(content)
+    cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
+    with pytest.raises(ValueError, match='answers|made from'): cached(make_data().get(torch.arange(3)))
+    assert filled.read_bytes() == content
+
+
+def test_damaged_answers_are_never_quoted(filled):
+    raw = bytearray(filled.read_bytes())
+    rng = np.random.default_rng(0)
+    hit = {int(i) for i in rng.integers(0, 540*24, 60)}
+    for i in hit: raw[HEAD + i] ^= 1 << int(rng.integers(8))
+    filled.write_bytes(raw)
+    with pytest.warns(UserWarning, match='damaged'):
+        cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
+        assert wrong(cached, make_teacher(), make_data()) < 0.01
+    assert cached.asked == len({i//24 for i in hit})
+    again = CachedTeacher(make_teacher(), make_data(), filled.parent)
+    assert wrong(again, make_teacher(), make_data()) < 0.01 and again.asked == 0
+
+
+@pytest.mark.parametrize('change,said', [(dict(teacher=1), 'teacher'), (dict(n=50), 'data'), (dict(pad=2), 'data'), (dict(flip=True), 'data'), (dict(dtype='bfloat16'), 'form'), (dict(top=3), 'form')])
+def test_answers_of_something_else_are_not_found_and_under_another_name_refused(filled, change, said):
+    teacher = make_teacher(change.pop('teacher', 0))
+    kw = {k: change.pop(k) for k in ('dtype', 'top') if k in change}
+    data = make_data(**change)
+    cached = CachedTeacher(teacher, data, filled.parent, **kw)
+    cached(data.get(torch.arange(5)))
+    assert cached.asked == 5
+    other = next(f for f in filled.parent.iterdir() if f != filled)
+    os.replace(filled, other)
+    with pytest.raises(ValueError, match=f'another {said}'): CachedTeacher(teacher, data, other.parent, **kw)(data.get(torch.arange(5)))
+
+
+def test_a_file_grows_with_the_views_and_serves_fewer(tmp_path):
+    data, teacher = make_data(), make_teacher()
+    two = CachedTeacher(teacher, data, tmp_path, views=2).fill(precision='float32')
+    five = CachedTeacher(teacher, data, tmp_path, views=5).fill(precision='float32')
+    assert (two.asked, five.asked) == (120, 180) and wrong(two, teacher, two.data) < 0.01
+    every = CachedTeacher(teacher, data, tmp_path)
+    assert wrong(every, teacher, data) < 0.01 and every.asked == 240
+
+
+def test_labels_do_not_matter(tmp_path):
+    data, teacher = make_data(), make_teacher()
+    CachedTeacher(teacher, data, tmp_path).fill(precision='float32')
+    cached = CachedTeacher(teacher, data.unlabelled([1, 2, 30]), tmp_path).fill(precision='float32')
+    assert cached.asked == 0
+
+
+@pytest.mark.parametrize('where', ['reserve', 'make_file'])
+def test_a_full_or_read_only_disk_is_said_and_worked_around(tmp_path, monkeypatch, where):
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(cache, where, full)
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, tmp_path/'new')
+    with pytest.warns(UserWarning, match='No space left on device.*in memory only'): assert wrong(cached, teacher, data) < 0.01
+    assert wrong(cached, teacher, data) < 0.01 and cached.asked == 540
+
+
+def test_a_read_only_file_is_used_and_left_alone(filled, monkeypatch):
+    with open(filled, 'r+b') as f: f.truncate(HEAD + 24*100)
+    before = filled.read_bytes()
+    def denied(*_): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(cache, 'reserve', denied)
+    cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
+    with pytest.warns(UserWarning, match='Permission denied'): assert wrong(cached, make_teacher(), make_data()) < 0.01
+    assert cached.asked == 440 and filled.read_bytes() == before
+
+
+def test_a_real_disk_without_room_is_found_before_anything_is_mapped(tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(1, 1, 0))
+    (tmp_path/'file').write_bytes(b'')
+    with pytest.raises(OSError, match='No space'): cache.reserve(tmp_path/'file', 100)
+
+
+# --- what cannot be
+
+def test_too_many_views_are_refused_with_advice():
+    data = make_data().replace(augment=ResizedCrop(8))
+    with pytest.raises(ValueError, match='views=V'): CachedTeacher(make_teacher(), data)
+    cached = CachedTeacher(make_teacher(), data, views=3)
+    assert wrong(cached, make_teacher(), cached.data) < 0.01 and cached.asked == 180
+
+
+@pytest.mark.parametrize('kw,said', [(dict(dtype='int8'), 'dtype'), (dict(top=10), 'top'), (dict(top=0), 'top'), (dict(temperature=0.), 'temperature'), (dict(views=0), 'views'), (dict(views=10), 'views')])
+def test_bad_arguments_are_named(kw, said):
+    with pytest.raises(ValueError, match=said): CachedTeacher(make_teacher(), make_data(), **kw)
+
+
+def test_a_path_that_is_a_file_and_a_teacher_of_other_classes(tmp_path):
+    (tmp_path/'file').write_text('mine')
+    with pytest.raises(ValueError, match='must be a folder'): CachedTeacher(make_teacher(), make_data(), tmp_path/'file')
+    with pytest.raises(ValueError, match='class'): CachedTeacher(digit_student(7), make_data())
+    assert (tmp_path/'file').read_text() == 'mine'
