@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PRESETS', 'IMAGENET', 'MOST', 'COLUMNS', 'Preset', 'preset', 'free_folder', 'is_free', 'check_folder',
            'pretrained_model', 'normalisation_of', 'make_teacher', 'Job', 'answering', 'answering_teacher',
-           'make_settings', 'prepare', 'train_teacher', 'run_setting', 'result_rows', 'table', 'text_table', 'verdicts',
+           'make_settings', 'prepare', 'train_teacher', 'run_setting', 'result_rows', 'table', 'verdicts',
            'draw_curves', 'draw_comparison', 'make_result', 'make_report', 'write_run', 'distill_nb', 'command_line',
-           'describe_answers', 'run_job', 'run_command', 'main']
+           'describe_answers', 'run_job', 'run_command', 'main', 'main_bench']
 
-# %% ../nbs/cli.ipynb #bf60891f
+# %% ../nbs/cli.ipynb #71d71ca6
 import base64, html, json, math, shutil, sys, time, warnings
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from fastcore.script import anno_parser
 
+from .bench import distill_nb_bench
 from .cache import CachedTeacher
 from .data import few_labels, load_data
-from .logits import GRID, Distill, check_teacher, compare, tune
+from .logits import GRID, Distill, check_teacher, compare, text_table, tune
 from .losses import DistillationLoss
 from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, write_atomic
 from .training import PRECISIONS, Recipe, Supervised, environment, evaluate, fit, fit_device
@@ -295,13 +296,6 @@ def table(rows:list)->list: # Lists of strings, the first of them the head
     "The rows of a result as they are printed: accuracies and differences in percent."
     return [list(COLUMNS)] + [[show(r) for show in COLUMNS.values()] for r in rows]
 
-# %% ../nbs/cli.ipynb #6f823b87
-def text_table(cells:list)->str: # `cells`: as `table` gives them
-    "Columns aligned for a terminal."
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    line = lambda row: '  '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-    return '\n'.join([line(cells[0]), '  '.join('-' * w for w in widths), *map(line, cells[1:])])
-
 # %% ../nbs/cli.ipynb #b038e377
 def verdicts(rows:list)->list: # Sentences
     "What the paired differences say, setting by setting."
@@ -510,7 +504,7 @@ def run_job(
     print('\n' + text_table(table(result['rows'])) + '\n\n' + '\n'.join(verdicts(result['rows'])) + f"\n\nreport: {folder/'report.html'}")
     return result
 
-# %% ../nbs/cli.ipynb #59a178c6
+# %% ../nbs/cli.ipynb #9a91beff
 def run_command(
     function, # A function whose parameters are the options
     argv:list|None=None, # Arguments; None: those of the process
@@ -527,10 +521,14 @@ def run_command(
         print(f"{parser.prog}: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f'{parser.prog}: interrupted; with --out FOLDER --resume it continues where it stopped', file=sys.stderr)
+        print(f"{parser.prog}: interrupted{'; with --out FOLDER --resume it continues where it stopped' * ('resume' in given)}", file=sys.stderr)
         return 130
     return 0
 
 def main():
     "The entry point of the command `distill_nb`."
     sys.exit(run_command(distill_nb))
+
+def main_bench():
+    "The entry point of the command `distill_nb_bench`, which [the benchmark](bench.ipynb) explains."
+    sys.exit(run_command(distill_nb_bench))

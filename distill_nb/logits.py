@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID', 'by_luck', 'check_teacher', 'Distill', 'interval', 'agreement', 'Comparison', 'compare', 'markdown_table',
-           'tune']
+           'text_table', 'tune']
 
 # %% ../nbs/05_logits.ipynb #3a4b675b
 import math
@@ -200,6 +200,15 @@ def markdown_table(
     keys = list(dict.fromkeys(k for r in rows for k in r))
     lines = [keys, ['---'] * len(keys)] + [[cell(r.get(k)) for k in keys] for r in rows]
     return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
+
+# %% ../nbs/05_logits.ipynb #09ecfd1a
+def text_table(
+    cells:list, # Lists of strings, the first of them the head
+)->str:
+    "Columns aligned for a terminal."
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    line = lambda row: '  '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+    return '\n'.join([line(cells[0]), '  '.join('-' * w for w in widths), *map(line, cells[1:])])
 
 # %% ../nbs/05_logits.ipynb #e2de17d5
 @patch

@@ -113,6 +113,32 @@ def test_trained_weights_bring_their_normalisation_and_are_not_trained_again(fin
     assert {r['setting'] for r in rows} == {'all_labels'} and rows[0]['seconds'] == 0
 
 
+def test_both_settings_and_all_seeds_share_the_kept_answers(finished):
+    file, = (finished/'work'/'answers').iterdir()
+    assert file.stat().st_size == 4096 + 1079*9*2*(10 + 2)
+    row = next(r for r in json.loads((finished/'result.json').read_text())['rows'] if r['model'] == 'distilled')
+    assert row['answers'] == 9
+
+
+def test_ways_to_answer_can_be_compared(tmp_path, capsys):
+    assert command(*QUICK, '--labels', 0, '--cache', 'live,3,all', '--out', tmp_path/'run') == 0
+    said = capsys.readouterr().out
+    assert '1,079 images in 3 views' in said and 'With all labels, live teacher' in said and 'With all labels, 3 views' in said and 'With all labels, all views' in said
+    rows = {r['model']: r for r in json.loads((tmp_path/'run'/'result.json').read_text())['rows']}
+    assert list(rows) == ['teacher', 'alone', 'distilled_live', 'distilled_3', 'distilled_all']
+    assert [rows[m]['answers'] for m in list(rows)[2:]] == ['live', 3, 9]
+    assert rows['distilled_live']['accuracy'] == pytest.approx(rows['distilled_all']['accuracy'], abs=0.05)  # the same answers, rounded to two bytes
+
+
+def test_answers_that_cannot_be_kept_are_said_in_a_line(tmp_path, monkeypatch, capsys):
+    from distill_nb import cache
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(cache, 'reserve', full)
+    assert command(*QUICK, '--labels', 0, '--out', tmp_path/'run') == 0
+    err = [line for line in capsys.readouterr().err.splitlines() if 'answers' in line]
+    assert err and err[0].startswith('distill_nb: ') and 'memory only' in err[0]
+
+
 # --- bad input: one line, exit code 2, nothing written
 
 @pytest.fixture(scope='module')
@@ -141,6 +167,7 @@ def bad_files(tmp_path_factory):
     (['--data', 'folder:ONE'], 'class'), (['--data', 'folder:DAMAGED'], '0.png'), (['--teacher', 'resnet57'], 'resnet56'), (['--student', 'torchvision:resnet19'], 'resnet18'),
     (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'BAD/damaged.safetensors'], 'damaged'), (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
     (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'), (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'), (['--temperature', '1e300'], 'temperature'), (['--batch_size', '1000000000000'], 'batch_size'), (['--precision', 'float16', '--device', 'cpu'], 'float16'),
+    (['--cache', '0'], 'cache'), (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'), (['--cache', ''], 'cache'),
     (['--teacher_weights', 'BAD/nan.safetensors'], 'not finite'), (['--teacher_weights', 'BAD/foreign.safetensors'], 'foreign.safetensors'), (['--out', 'BAD/other'], 'holds no run')])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_path, capsys):
     places = {'BAD': str(bad_files), 'DAMAGED': str(bad_files/'damaged_photos'), 'ONE': str(bad_files/'one_class'), 'EMPTY': str(bad_files/'empty')}
