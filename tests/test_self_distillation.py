@@ -1,0 +1,572 @@
+"""Self-distillation: generations, exits that the deepest teaches, and a network taught by its own moving average."""
+import copy, math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distill_nb import self_distillation
+from distill_nb.data import CropFlip, ImageData, mix
+from distill_nb.logits import Distill
+from distill_nb.losses import UNLABELLED
+from distill_nb.models import build_model, count_macs, digit_student, digit_teacher, fingerprint, resnet18, wrn_16_1
+from distill_nb.self_distillation import (BeYourOwnTeacher, EarlyExits, Ensemble, MovingAverage, SelfTeacher, born_again, exit_costs, exit_logits, feature_distance,
+                                          generation_seed, measure_exits, other_view, plot_exits, repeat_labelled, run_until, sure_curve, sure_exit, view_loss)
+from distill_nb.training import Recipe, Supervised, evaluate, fit, predict, read_checkpoint
+
+RECIPE = Recipe(steps=20, batch_size=16, lr=0.05, precision='float32')
+CLASSES = 3
+
+
+def images(n=60, seed=0, augment=CropFlip(1, True)):
+    "Bright, middle and dark noise: easy to tell apart."
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % CLASSES
+    x = torch.randint(0, 60, (n, 1, 8, 8), generator=g) + 80 * y.view(-1, 1, 1, 1)
+    return ImageData(x.to(torch.uint8), y, ['dark', 'middle', 'bright'], augment=augment)
+
+
+def net(seed=None):
+    if seed is not None: torch.manual_seed(seed)
+    return digit_student(CLASSES)
+
+
+def staged(seed=0, dropout=0.):
+    "Three small stages."
+    from collections import OrderedDict
+    torch.manual_seed(seed)
+    block = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
+    return nn.Sequential(OrderedDict(layer1=block(1, 4), layer2=block(4, 6), drop=nn.Dropout(dropout), layer3=block(6, 8),
+                                     avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(8, CLASSES)))
+
+
+def weights(module): return fingerprint(module.state_dict())
+
+
+class Killed(Exception): pass
+
+def dies_at(objective, call):
+    "The objective, which raises at that call of forward."
+    forward, n = objective.forward, [0]
+    def dying(batch):
+        n[0] += 1
+        if n[0] == call: raise Killed
+        return forward(batch)
+    objective.forward = dying
+    return objective
+
+
+def resumes(make, data, folder, recipe=RECIPE):
+    "Whether a run that was killed ends with all the weights and buffers of the uninterrupted one; the pair of objectives."
+    whole, killed, resumed = make(), make(), make()
+    fit(whole, data, recipe, images(seed=1), folder/'whole', save_every=0)
+    with pytest.raises(Killed): fit(dies_at(killed, 11 * recipe.accumulate), data, recipe, images(seed=1), folder/'killed', save_every=0)
+    kept = read_checkpoint(folder/'killed'/'checkpoint.safetensors')[1]['step']
+    assert 0 < kept < 11
+    fit(resumed, data, recipe, images(seed=1), folder/'killed', resume=True, save_every=0)
+    assert weights(whole) == weights(resumed)
+    return whole, resumed
+
+
+# --- generations
+
+def test_generation_0_is_plain_training_and_generation_1_is_distillation_from_it():
+    data, found = images(), born_again(net, images(), RECIPE, images(seed=1), 2, 2., 0.7, device='cpu')
+    plain = net(RECIPE.seed)
+    history = fit(Supervised(plain), data, RECIPE, images(seed=1))
+    assert weights(plain) == weights(found.models[0]) and history.losses == found.histories[0].losses
+    seed = generation_seed(RECIPE.seed, 1)
+    student = net(seed)
+    fit(Distill(student, plain, 2., 0.7), data, replace(RECIPE, seed=seed), images(seed=1))
+    assert weights(student) == weights(found.models[1]) != weights(plain)
+    assert list(found.histories[0].losses) == ['hard'] and list(found.histories[1].losses) == ['hard', 'soft']
+    assert found.accuracies == [evaluate(m, images(seed=1)).accuracy for m in found.models]
+
+
+def test_generations_have_different_initial_weights_and_come_back_trainable():
+    made = []
+    def make():
+        made.append(net())
+        made[-1].start = weights(made[-1])
+        return made[-1]
+    state = torch.get_rng_state()
+    found = born_again(make, images(), RECIPE, images(seed=1), 3)
+    assert len({m.start for m in made}) == 3 and torch.equal(state, torch.get_rng_state())
+    assert all(p.requires_grad for m in found.models for p in m.parameters())
+    again = born_again(net, images(), RECIPE, images(seed=1), 3)
+    assert [weights(m) for m in found.models] == [weights(m) for m in again.models]
+    other = born_again(net, images(), replace(RECIPE, seed=1), images(seed=1), 3)
+    assert not {weights(m) for m in found.models} & {weights(m) for m in other.models}
+
+
+def test_a_teacher_generation_is_not_changed_by_its_student():
+    one, three = (born_again(net, images(), RECIPE, images(seed=1), n).models for n in (1, 3))
+    assert weights(one[0]) == weights(three[0])
+
+
+def test_killed_generations_continue(tmp_path, monkeypatch):
+    given = lambda folder: born_again(net, images(), RECIPE, images(seed=1), 3, folder=folder)
+    whole, real, calls = given(None), self_distillation.fit, []
+    def dying(objective, *args):
+        calls.append(1)
+        return real(dies_at(objective, 11) if len(calls) == 2 else objective, *args, save_every=0)
+    monkeypatch.setattr(self_distillation, 'fit', dying)
+    with pytest.raises(Killed): given(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['generation-0', 'generation-1']
+    steps = [read_checkpoint(tmp_path/f'generation-{k}'/'checkpoint.safetensors')[1]['step'] for k in (0, 1)]
+    assert steps[0] == 20 and 0 < steps[1] < 20
+    monkeypatch.undo()
+    assert [weights(m) for m in given(tmp_path).models] == [weights(m) for m in whole.models]
+    with pytest.raises(ValueError, match='another recipe'): born_again(net, images(), replace(RECIPE, lr=0.1), images(seed=1), 3, folder=tmp_path)
+
+
+@pytest.mark.parametrize('bad', [dict(generations=0), dict(generations=-1), dict(generations=2.5), dict(temperature=0), dict(temperature=math.nan), dict(alpha=1.5)])
+def test_born_again_refuses_before_it_trains(bad):
+    def make(): raise AssertionError('nothing may be built')
+    (name, _), = bad.items()
+    with pytest.raises(ValueError, match=name): born_again(make, images(), RECIPE, images(), **bad)
+
+
+def test_the_ensemble_is_the_mean_of_the_probabilities():
+    models, x = [staged(s).eval() for s in range(3)], images().get(torch.arange(9)).x
+    mean = sum(m(x).double().softmax(1) for m in models) / 3
+    assert torch.allclose(Ensemble(models)(x).double().softmax(1), mean, atol=1e-6)
+    assert torch.allclose(Ensemble(models)(x), mean.log().float(), atol=1e-5)
+    assert torch.allclose(Ensemble(models[:1])(x), models[0](x).log_softmax(1), atol=1e-6)
+    with pytest.raises(ValueError, match='at least 1'): Ensemble([])
+
+
+def test_the_ensemble_is_finite_for_extreme_logits_and_differs_from_the_mean_of_logits():
+    class Says(nn.Module):
+        def __init__(self, *z):
+            super().__init__()
+            self.z = nn.Parameter(torch.tensor([z]))
+        def forward(self, x): return self.z.expand(len(x), -1)
+    one, two = Says(3e4, 0., -3e4), Says(-1., 0., 2.)
+    z = Ensemble([one, two])(torch.zeros(1, 1))
+    z.sum().backward()
+    assert z.isfinite().all() and one.z.grad.isfinite().all()
+    p = torch.tensor([[1., 0., 0.]]) / 2 + two.z.softmax(1) / 2
+    assert torch.allclose(z.softmax(1), p, atol=1e-6)
+    assert not torch.allclose(((one.z + two.z) / 2).softmax(1), p, atol=0.1)
+
+
+def test_the_ensemble_can_be_evaluated_and_can_teach():
+    found = born_again(net, images(), replace(RECIPE, steps=60), images(seed=1), 2)
+    together, student = found.ensemble(), net(5)
+    before = weights(together)
+    evaluate(together, images())
+    fit(Distill(student, together), images(), RECIPE, images(seed=1))
+    assert weights(together) == before and {k.split('.')[0] for k in together.state_dict()} == {'models'}
+
+
+# --- exits
+
+NETS = {'resnet20': lambda: build_model('resnet20', CLASSES, 1, 8), 'wrn': lambda: wrn_16_1(CLASSES, 1), 'resnet18': lambda: resnet18(CLASSES, channels=1, stem='cifar'),
+        'digit_student': lambda: build_model('digit_student', CLASSES, 1, 8), 'digit_teacher': lambda: digit_teacher(CLASSES), 'staged': staged}
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_exits_of_every_staged_network(name):
+    torch.manual_seed(0)
+    model, x = NETS[name]().eval(), images().get(torch.arange(3)).x
+    plain, hooks = model(x), lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    exits = EarlyExits(model).eval()
+    stages = [n for n, _ in model.named_children() if n.startswith('layer')]
+    assert exits.names == [*stages[:-1], 'deepest'] and len(exits) == len(stages) >= 2
+    assert torch.equal(exits(x), plain) and torch.equal(exits.exits(x)[-1], plain) and exits.backbone is model
+    for k, z in enumerate(exits.exits(x)):
+        assert torch.equal(exits(x, k), z) and torch.equal(exits.at(k)(x), z) and torch.equal(exits(x, k - len(exits)), z) and z.shape == plain.shape
+    features, _ = exits.every(x)
+    assert len({f.shape for f in features}) == 1 and torch.equal(model.get_submodule(exits.classifier)(features[-1]), plain)
+    assert hooks() == 0
+
+
+def test_stopping_really_stops_and_leaves_no_hook_behind():
+    model, ran = staged(), []
+    for n, m in model.named_children(): m.register_forward_hook(lambda m, i, o, n=n: ran.append(n))
+    exits = EarlyExits(model).eval()
+    for k, expected in enumerate((['layer1'], ['layer1', 'layer2'], [n for n, _ in model.named_children()])):
+        ran.clear()
+        exits(torch.zeros(2, 1, 8, 8), k)
+        assert ran[:len(expected) - (k < 2)] == expected[:len(expected) - (k < 2)] and not set(ran) - set(expected)
+    with pytest.raises(RuntimeError): exits(torch.zeros(2, 5, 8, 8), 1)  # a failing network leaves no hook either
+    assert [len(m._forward_hooks) for m in model.children()] == [1] * 7
+
+
+def conv_macs(c, side): return c.in_channels * c.out_channels * c.kernel_size[0]**2 * side**2
+
+
+def test_costs_are_those_of_stopping_and_add_up():
+    model = staged()
+    exits = EarlyExits(model)
+    exits.train()
+    costs, x = exit_costs(exits, (1, 8, 8)), torch.zeros(1, 1, 8, 8)
+    sides, trunk = (4, 2, 1), 0
+    for k, (cost, side) in enumerate(zip(costs, sides)):  # counted by hand, from the shapes
+        trunk += conv_macs(model.get_submodule(f'layer{k + 1}')[0], side)
+        head = 0 if k == 2 else conv_macs(exits.heads[k].adapter[0], side) + 8 * CLASSES
+        assert (cost['trunk'], cost['head']) == (trunk + (8 * CLASSES if k == 2 else 0), head)
+        assert cost['macs'] == cost['trunk'] + cost['head'] == count_macs(exits.at(k).eval(), x)
+        assert cost['path'] == cost['trunk'] + sum(c['head'] for c in costs[:k + 1])
+    assert costs[-1]['macs'] == count_macs(model.eval(), x)
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet18', 'digit_teacher'])
+def test_deeper_exits_cost_more_and_none_more_than_the_network(name):
+    costs = exit_costs(EarlyExits(NETS[name]()), (1, 8, 8))
+    macs = [c['macs'] for c in costs]
+    assert macs == sorted(set(macs)) and [c['trunk'] for c in costs] == sorted(c['trunk'] for c in costs)
+
+
+def test_stopping_when_sure_is_what_the_curve_replays():
+    torch.manual_seed(0)
+    objective, data = BeYourOwnTeacher(staged(), shape=(1, 8, 8)), images()
+    fit(objective, data, replace(RECIPE, steps=60))
+    exits = objective.model
+    logits, costs = exit_logits(exits, data), exit_costs(exits, (1, 8, 8))
+    for t in (0., 0.6, 0.8, 1.01):
+        stop, row = sure_exit(logits, t), sure_curve(exits, data, [t])[0]
+        paid, right = [], []
+        for i in range(len(data)):
+            x = data.get(torch.tensor([i])).x
+            z, k = exits.until_sure(x, t)
+            assert k == stop[i] and torch.allclose(z[0], logits[k][i], atol=1e-5)
+            paid.append(count_macs(lambda x: exits.until_sure(x, t), x) if i < 5 else costs[k]['path'])
+            assert paid[-1] == costs[k]['path']
+            right.append(z.argmax().item() == data.y[i].item())
+        assert row['macs'] == pytest.approx(sum(paid) / len(paid)) and row['accuracy'] == pytest.approx(sum(right) / len(right)) and sum(row['stopped']) == pytest.approx(1, abs=0.01)
+        if t == 0.: assert stop.unique().tolist() == [0]
+        if t > 1: assert stop.unique().tolist() == [len(exits) - 1]
+    assert plot_exits(measure_exits(exits, data), sure_curve(exits, data)) is not None
+    with pytest.raises(ValueError, match='one image'): exits.until_sure(torch.zeros(2, 1, 8, 8))
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.act, self.twice, self.unused = nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.fc, self.late, self.pair = nn.Linear(4, 3), nn.Identity(), nn.LSTM(4, 4, batch_first=True)
+    def forward(self, x):
+        x = self.twice(self.twice(self.act(self.a(x))))
+        self.pair(x.flatten(2).mT)
+        return self.late(self.fc(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize('layers,said', [(['layer_2'], r"there is no 'layer_2'; the nearest names are .*layer2"), ([], 'at least 1 layer, so that with the deepest there are 2 exits'),
+                                         (['layer1', 'layer1'], 'without repetition'), ('layer1', 'list of names'), (['fc'], 'before the classifier'), (['flatten', 'nothing'], "no 'nothing'")])
+def test_layers_that_cannot_have_an_exit_are_refused(layers, said):
+    with pytest.raises(ValueError, match=said): EarlyExits(staged(), layers)
+    with pytest.raises(ValueError, match=said): BeYourOwnTeacher(staged(), layers=layers)
+
+
+@pytest.mark.parametrize('layer,said', [('a', 'in place and overwrites'), ('twice', 'ran 2 times'), ('unused', 'ran 0 times'), ('late', 'before the classifier'), ('pair', "'pair' gives tuple")])
+def test_layers_that_would_fail_silently_are_refused(layer, said):
+    with pytest.raises(ValueError, match=said): EarlyExits(Odd(), [layer])
+    EarlyExits(Odd(), ['act'])
+
+
+def test_other_refusals_of_exits():
+    with pytest.raises(ValueError, match=r'layers must be given.*its parts are a, act'): EarlyExits(Odd())
+    with pytest.raises(ValueError, match='shape must be given'): EarlyExits(nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), ['1'])
+    with pytest.raises(ValueError, match=r'does not take \(1, 32, 32\)'): EarlyExits(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)), ['0'])
+    with pytest.raises(ValueError, match='linear layer'): EarlyExits(nn.Sequential(nn.Conv2d(1, 2, 3)), ['0'])
+    with pytest.raises(ValueError, match='exit must be from -3 to 2, but is 3'): EarlyExits(staged())(torch.zeros(1, 1, 8, 8), 3)
+    with pytest.raises(ValueError, match="'unused' did not run"): run_until(Odd(), 'unused', torch.zeros(1, 1, 8, 8))
+    mlp = EarlyExits(nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3)), ['1'], shape=(1, 8, 8))
+    assert [z.shape for z in mlp.exits(torch.zeros(2, 1, 8, 8))] == [(2, 3), (2, 3)]
+
+
+# --- the deepest teaches the rest
+
+def paper_loss(features, logits, y, T, alpha, weight):
+    "Zhang et al. 2019 in plain loops and float64, with the seed formula's α and T²; unlabelled rows have no hard part."
+    B, hard, soft, far = len(y), 0., 0., 0.
+    for i, (f, z) in enumerate(zip(features, logits)):
+        last = i == len(logits) - 1
+        for b in range(B):
+            if y[b] != UNLABELLED: hard += (1. if last else 1 - alpha) * (math.log(sum(math.exp(v) for v in z[b])) - z[b][y[b]]) / B
+            if last: continue
+            p, q = ([math.exp(v / T) for v in row] for row in (logits[-1][b], z[b]))
+            p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
+            soft += alpha * T * T * sum(a * math.log(a / c) for a, c in zip(p, q)) / B
+            far += weight * sum((a - c)**2 for a, c in zip(f[b], features[-1][b])) / B
+    return {'hard': hard, 'soft': soft, 'feature': far}
+
+
+@pytest.mark.parametrize('T,alpha,weight', [(3., 0.3, 1e-3), (1., 0., 0.), (4., 1., 0.5)])
+def test_the_losses_are_the_papers(T, alpha, weight):
+    torch.manual_seed(0)
+    objective, batch = BeYourOwnTeacher(digit_teacher(CLASSES), T, alpha, weight), images().get(torch.arange(8))
+    batch = batch._replace(y=batch.y.clone().index_fill_(0, torch.tensor([2, 5]), UNLABELLED))
+    losses = objective(batch)
+    with torch.no_grad(): features, logits = copy.deepcopy(objective).model.every(batch.x)
+    expected = paper_loss(*([t.double().tolist() for t in ts] for ts in (features, logits)), batch.y.tolist(), T, alpha, weight)
+    assert {k: v.item() for k, v in losses.items()} == {k: pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in expected.items()}
+
+
+def test_only_the_labels_move_the_deepest_head():
+    student = staged()
+    objective, batch = BeYourOwnTeacher(student, alpha=0.5, feature_weight=1.), images().get(torch.arange(16))
+    losses = objective(batch)
+    grads = lambda *names: [g for n in names for g in torch.autograd.grad(losses[n], [*student.layer3.parameters(), *student.fc.parameters()], retain_graph=True, allow_unused=True)]
+    assert all(g is None for g in grads('soft', 'feature'))
+    hard = grads('hard')
+    plain = torch.autograd.grad(F.cross_entropy(student(batch.x), batch.y), [*student.layer3.parameters(), *student.fc.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(hard, plain))
+    for p in (*student.layer1.parameters(), *objective.model.heads[0].parameters()): assert any(torch.autograd.grad(losses[n], p, retain_graph=True, allow_unused=True)[0] is not None for n in losses)
+
+
+def test_heads_train_and_evaluation_sees_the_deepest_exit_alone():
+    objective, data = BeYourOwnTeacher(staged()), images()
+    assert {id(p) for p in objective.parameters()} >= {id(p) for p in objective.model.heads.parameters()}
+    before = weights(objective.model.heads)
+    row = fit(objective, data, RECIPE, valid=data).last
+    assert weights(objective.model.heads) != before
+    plain = evaluate(objective.model.backbone, data)
+    assert (row['accuracy'], row['valid_loss']) == pytest.approx((plain.accuracy, plain.loss), rel=1e-5) and row['valid_loss'] < row['hard']
+
+
+@pytest.mark.parametrize('case', ['one', 'duplicates', 'one class', 'constant', 'unlabelled', 'huge'])
+def test_losses_and_gradients_are_finite_at_the_edges(case):
+    data = images()
+    batch = data.get(torch.tensor([0]) if case == 'one' else torch.zeros(6).long() if case == 'duplicates' else torch.arange(0, 18, 3) if case == 'one class' else torch.arange(6))
+    if case == 'constant': batch = batch._replace(x=torch.zeros_like(batch.x))
+    if case == 'huge': batch = batch._replace(x=batch.x * 1e4)
+    if case == 'unlabelled': batch = batch._replace(y=torch.full_like(batch.y, UNLABELLED))
+    for make in (lambda s: BeYourOwnTeacher(s), lambda s: SelfTeacher(s, data)):
+        torch.manual_seed(0)
+        objective = make(digit_teacher(CLASSES)).train()
+        losses = objective(batch)
+        sum(losses.values()).backward()
+        assert all(l.isfinite() for l in losses.values()), losses
+        assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+    loss = view_loss(*(s * torch.tensor([[3e4, -3e4, 0.]]).requires_grad_() for s in (1, -1)), torch.zeros(3), 0.1, 0.04)
+    assert loss.isfinite()
+
+
+def test_features_in_bfloat16_are_compared_in_float32():
+    f, g = torch.full((2, 512), 100., dtype=torch.bfloat16), torch.full((2, 512), 101., dtype=torch.bfloat16)
+    assert feature_distance(f, g).dtype == torch.float32 and feature_distance(f, g).item() == pytest.approx(512 * (f[0, 0].item() - g[0, 0].item())**2)
+
+
+@pytest.mark.parametrize('bad', [dict(temperature=0), dict(temperature=-2), dict(alpha=1.1), dict(alpha=-0.1), dict(feature_weight=-1), dict(feature_weight=math.nan)])
+def test_be_your_own_teacher_refuses(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))): BeYourOwnTeacher(staged(), **bad)
+
+
+def test_be_your_own_teacher_resumes(tmp_path):
+    whole, resumed = resumes(lambda: BeYourOwnTeacher(staged(dropout=0.3)), images(), tmp_path)
+    assert weights(whole.model.backbone) == weights(resumed.model.backbone)
+
+
+# --- the moving average
+
+def test_the_average_follows_the_formula_and_holds_buffers_only():
+    torch.manual_seed(0)
+    model, m = digit_student(), 0.8
+    average = MovingAverage(model, m)
+    expected = {k: v.double() for k, v in model.state_dict().items()}
+    assert list(average.parameters()) == [] and set(average.state_dict()) == {f'model.{k}' for k in expected}
+    for step in range(3):
+        with torch.no_grad():
+            for p in model.parameters(): p.add_(torch.randn_like(p))
+        model(torch.randn(4, 1, 8, 8))  # moves the statistics
+        average.update(model)
+        for k, v in model.state_dict().items(): expected[k] = m * expected[k] + (1 - m) * v.double() if v.is_floating_point() else v
+        assert all(torch.allclose(average.model.state_dict()[k].double(), e.double(), atol=1e-5) for k, e in expected.items())
+    assert average.model.layer1[1].num_batches_tracked == 3
+
+
+def test_equal_weights_stay_equal_bit_for_bit():
+    model = digit_teacher()
+    average = MovingAverage(model, 0.3)
+    average.update(model)
+    assert weights(average.model) == weights(model)
+
+
+def test_the_average_stays_in_eval_mode_without_gradients_whatever_is_called():
+    average = MovingAverage(digit_student(), 0.9)
+    before = weights(average)
+    nn.Sequential(average).train()
+    assert not any(m.training for m in average.modules())
+    for call in (average.train, average.model.train, average.model.layer1.train, nn.Sequential(average).train):
+        call()
+        assert not average(torch.randn(4, 1, 8, 8)).requires_grad and not any(m.training for m in average.modules()) and weights(average) == before
+
+
+def test_the_view_loss_is_the_papers():
+    g = torch.Generator().manual_seed(0)
+    gs, gt, c = (torch.randn(*s, generator=g) * 3 for s in ((5, 4), (5, 4), (4,)))
+    for ts, tt in ((1., 0.5), (0.1, 0.04)):
+        total = 0.
+        for b in range(5):
+            p = [math.exp((gt[b, k].item() - c[k].item()) / tt) for k in range(4)]
+            q = [math.exp(gs[b, k].item() / ts) for k in range(4)]
+            total -= sum(a / sum(p) * math.log(e / sum(q)) for a, e in zip(p, q)) / 5
+        assert view_loss(gs, gt, c, ts, tt).item() == pytest.approx(total, rel=1e-4)
+    assert view_loss(gs.bfloat16(), gt.bfloat16(), c).dtype == torch.float32
+    gt.requires_grad_()
+    assert not view_loss(gs, gt, c).requires_grad
+
+
+def test_other_views_are_other_views():
+    for n in (2, 3, 18, 2**31 - 1):
+        index, view = torch.arange(500), torch.arange(500) * 7919 % n
+        other = other_view(index, view, n)
+        assert (other != view).all() and other.min() >= 0 and other.max() < n
+        assert torch.equal(other, other_view(index, view, n)) and torch.equal(other[[7, 3]], other_view(index[[7, 3]], view[[7, 3]], n))
+
+
+def test_student_and_teacher_see_different_views_of_the_same_images():
+    data, seen = images(), {}
+    objective = SelfTeacher(net(0), data).train()
+    objective.model.register_forward_pre_hook(lambda m, x: seen.update(student=x[0]))
+    objective.teacher.model.register_forward_pre_hook(lambda m, x: seen.update(teacher=x[0]))
+    index, view = torch.arange(10), torch.arange(10) % data.n_views
+    objective(data.get(index, view))
+    assert torch.equal(seen['student'], data.get(index, view).x) and torch.equal(seen['teacher'], data.get(index, other_view(index, view, data.n_views)).x)
+    assert not torch.equal(seen['student'], seen['teacher'])
+
+
+def slow_self_training(student, data, recipe, m, ts, tt, mc, weight):
+    "The whole method again as a plain loop, with a teacher that is a model of its own: SGD without the library's training loop."
+    from distill_nb.training import plan, seed_noise
+    teacher, c, total = copy.deepcopy(student).eval(), torch.zeros(CLASSES, dtype=torch.float64), recipe.total_steps(len(data))
+    optimizer = recipe.make_optimizer(student.parameters())
+    student.train()
+    for step, (index, view) in enumerate(plan(data, recipe, 0, total)):
+        for group in optimizer.param_groups: group['lr'] = recipe.lr_at(step, total)
+        batch = data.get(index, view)
+        gs = student(batch.x)
+        with torch.no_grad(): gt = teacher(data.get(index, (view + 1 + mix(index, view) % (data.n_views - 1)) % data.n_views).x)
+        p = ((gt.double() - c) / tt).softmax(1).float()
+        hard = F.cross_entropy(gs, batch.y, reduction='sum', ignore_index=UNLABELLED) / len(index)
+        (hard - weight * (p * (gs / ts).log_softmax(1)).sum(1).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        c = mc * c + (1 - mc) * gt.double().mean(0)
+        if step + 1 < total:  # the average moves where the next step begins
+            with torch.no_grad():
+                for t, s in zip(teacher.state_dict().values(), student.state_dict().values()): t.copy_(m * t + (1 - m) * s if t.is_floating_point() else s)
+    return teacher, c
+
+
+def test_fit_runs_the_method_that_a_plain_loop_runs():
+    data, a, b = images().unlabelled(torch.arange(20)), net(0), net(0)
+    settings = dict(weight=0.5, momentum=0.8, student_temperature=0.7, teacher_temperature=0.3, centre_momentum=0.6)
+    objective = SelfTeacher(a, data, **settings)
+    fit(objective, data, RECIPE)
+    teacher, c = slow_self_training(b, data, RECIPE, 0.8, 0.7, 0.3, 0.6, 0.5)
+    for one, two in ((a, b), (objective.teacher.model, teacher)):
+        assert all(torch.allclose(one.state_dict()[k].double(), v.double(), atol=1e-5) for k, v in two.state_dict().items())
+    assert torch.allclose(objective.centre.double(), c, atol=1e-5)
+
+
+def test_the_teacher_moves_once_per_optimiser_step_even_in_pieces(monkeypatch):
+    moves = []
+    real = MovingAverage.update
+    monkeypatch.setattr(MovingAverage, 'update', lambda self, model: (moves.append(weights(model.fc)), real(self, model)))
+    objective = SelfTeacher(net(0), images())
+    fit(objective, images(), replace(RECIPE, steps=6, accumulate=4))
+    assert len(moves) == len(set(moves)) == 6
+    moves.clear()
+    with torch.no_grad(): objective.eval()(images().get(torch.arange(8)))
+    before = weights(objective)
+    evaluate(objective.model, images())
+    assert moves == [] and weights(objective) == before
+
+
+def test_only_the_student_trains_and_state_is_complete():
+    data, student = images(), net(0)
+    objective = SelfTeacher(student, data)
+    assert {id(p) for p in objective.parameters()} == {id(p) for p in student.parameters()}
+    assert 'centre' in objective.state_dict() and not any(p.requires_grad for p in objective.buffers())
+    before = weights(objective.teacher)
+    row = fit(objective, data, RECIPE, valid=data).last
+    assert weights(objective.teacher) != before and objective.centre.abs().sum() > 0
+    assert row['valid_loss'] == pytest.approx(evaluate(student, data).loss, rel=1e-5)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_self_teacher_resumes_with_teacher_and_centre(tmp_path, accumulate):
+    data = images().unlabelled(torch.arange(20))
+    def make():
+        student = staged(dropout=0.3)
+        return SelfTeacher(student, data, momentum=0.9)
+    whole, resumed = resumes(make, data, tmp_path, replace(RECIPE, accumulate=accumulate))
+    assert weights(whole.teacher) == weights(resumed.teacher) and torch.equal(whole.centre, resumed.centre)
+    assert weights(whole.teacher.model) != weights(whole.model)
+
+
+def test_images_without_labels_teach():
+    data = images().unlabelled([])
+    objective = SelfTeacher(net(0), data)
+    history = fit(objective, data, RECIPE)
+    assert set(history.losses['hard']) == {0.} and min(history.losses['self']) > 0
+    def after(labels):
+        student = net(0)
+        fit(SelfTeacher(student, labels, weight=0.), labels, RECIPE)
+        return weights(student)
+    plain = net(0)
+    fit(Supervised(plain), images(), RECIPE)
+    assert after(images()) == weights(plain)  # weight 0 is plain training
+
+
+def test_without_labels_the_answers_do_not_collapse():
+    "Entropy of the answers strictly between 0 and ln K: not one class for all, not all classes for each."
+    data, K = images(120).unlabelled([]), CLASSES
+    recipe, found = Recipe(steps=80, batch_size=32, optimizer='adamw', lr=0.003, precision='float32'), {}
+    for name, kw in dict(both={}, no_centre=dict(centre_momentum=1.), no_sharp=dict(teacher_temperature=0.1)).items():
+        objective = SelfTeacher(net(0), data, weight=1., momentum=0.9, **{'student_temperature': 0.1, 'teacher_temperature': 0.04} | kw)
+        fit(objective, data, recipe)
+        p = ((predict(objective.teacher, data) - objective.centre) / objective.teacher_temperature).softmax(1)
+        found[name] = torch.special.entr(p).sum(1).mean().item(), torch.special.entr(p.mean(0)).sum().item()
+    each, mean = found['both']
+    assert 0.01 < each < mean - 0.1 and mean < math.log(K), found
+    assert found['no_centre'][1] < mean, found
+    assert found['no_sharp'][0] > each, found
+
+
+def test_labelled_images_are_repeated_until_they_are_the_share():
+    data = images(60).unlabelled(torch.arange(10))
+    for share, times in ((0.5, 5), (0.75, 15), (0.01, 1)):
+        more = repeat_labelled(data, share)
+        assert len(more) == 10 * times + 50 and (more.y != UNLABELLED).sum() == 10 * times and more.mean == data.mean
+        assert {h.tobytes() for h in more.x.numpy()} == {h.tobytes() for h in data.x.numpy()}
+        assert more.y[more.y != UNLABELLED].bincount(minlength=3).tolist() == [times * c for c in (4, 3, 3)]
+    with pytest.raises(ValueError, match='share must be between 0 and 1, but is 1'): repeat_labelled(data, 1)
+    with pytest.raises(ValueError, match='no image has a label'): repeat_labelled(images().unlabelled([]))
+
+
+@pytest.mark.parametrize('bad', [dict(momentum=1.), dict(momentum=-0.1), dict(momentum=math.nan), dict(student_temperature=0.), dict(teacher_temperature=-1.), dict(weight=-1.), dict(weight=math.inf), dict(centre_momentum=1.1)])
+def test_self_teacher_refuses(bad):
+    with pytest.raises(ValueError, match=f'{next(iter(bad))} must be'): SelfTeacher(net(), images(), **bad)
+
+
+def test_self_teacher_needs_two_views_and_its_own_data():
+    with pytest.raises(ValueError, match=r'at least 2 views.*has 1.*data\.replace\(augment=CropFlip\(pad=1\)\)'): SelfTeacher(net(), images(augment=CropFlip()))
+    with pytest.raises(ValueError, match='given to SelfTeacher.*another one'): fit(SelfTeacher(net(), images(seed=1)), images(), RECIPE)
+    with pytest.raises(ValueError, match=r'shape \(5,\).*3 classes'): fit(SelfTeacher(digit_student(5), images()), images(), RECIPE)
+
+
+def test_the_centre_is_that_of_all_processes(monkeypatch):
+    "Two processes: the other one's mean is 3 larger."
+    objective = SelfTeacher(net(0), images(), centre_momentum=0.5)
+    dist = self_distillation.dist
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(dist, 'all_reduce', lambda t: t.add_(t + 3))
+    objective._move_centre(torch.ones(CLASSES))
+    assert torch.allclose(objective.centre, torch.full((CLASSES,), 1.25))  # half of the mean of 1 and 4
+
+
+@pytest.mark.parametrize('name', ['digit_student', 'resnet20'])
+def test_both_objectives_are_made_from_a_model_by_name(name):
+    data = images()
+    for make in (BeYourOwnTeacher, lambda s: SelfTeacher(s, data)):
+        objective = make(build_model(name, CLASSES, 1, 8))
+        fit(objective, data, replace(RECIPE, steps=2, batch_size=8), data)
+        assert evaluate(objective.model, data).accuracy >= 0
