@@ -128,7 +128,7 @@ class PytorchTutorial(Naive):
 
     def step(self): self.total += super().step().item()
 
-# %% ../nbs/bench.ipynb #a919b44f
+# %% ../nbs/bench.ipynb #bcbe23db
 class Torchdistill(PytorchTutorial):
     "The same step in torchdistill's `DistillationBox`."
     def __init__(self, work):
@@ -137,11 +137,12 @@ class Torchdistill(PytorchTutorial):
         import torchdistill.losses.mid_level, torchdistill.losses.high_level  # they register what the configuration names
         logging.getLogger('torchdistill').setLevel(logging.WARNING)
         super().__init__(work)
-        kd = {'key': 'KDLoss', 'kwargs': {'student_module_path': '.', 'student_module_io': 'output', 'teacher_module_path': '.', 'teacher_module_io': 'output', 'temperature': 2., 'alpha': 0.75, 'beta': 0.25}}
-        config = {'num_epochs': 1, 'train_data_loader': {'dataset_id': 'train', 'sampler': {'class_or_func': torch.utils.data.RandomSampler}, 'kwargs': {'batch_size': work.batch_size, 'drop_last': True, 'num_workers': 2}},
-                  'teacher': {'forward_proc': 'forward_batch_only', 'sequential': [], 'requires_grad': False}, 'student': {'forward_proc': 'forward_batch_only', 'sequential': [], 'requires_grad': True},
-                  'optimizer': {'key': 'Adam', 'kwargs': {'lr': 0.001}},
-                  'criterion': {'key': 'WeightedSumLoss', 'kwargs': {'sub_terms': {'kd': {'criterion': kd, 'weight': 1.}}}}}
+        loader = {'dataset_id': 'train', 'sampler': {'class_or_func': torch.utils.data.RandomSampler}, 'kwargs': {'batch_size': work.batch_size, 'drop_last': True, 'num_workers': 2}}
+        paths = {f'{who}_module_{what}': value for who in ('student', 'teacher') for what, value in (('path', '.'), ('io', 'output'))}
+        kd = {'key': 'KDLoss', 'kwargs': {**paths, 'temperature': 2., 'alpha': 0.75, 'beta': 0.25}}
+        models = {who: {'forward_proc': 'forward_batch_only', 'sequential': [], 'requires_grad': who == 'student'} for who in ('student', 'teacher')}
+        criterion = {'key': 'WeightedSumLoss', 'kwargs': {'sub_terms': {'kd': {'criterion': kd, 'weight': 1.}}}}
+        config = {'num_epochs': 1, 'train_data_loader': loader, **models, 'optimizer': {'key': 'Adam', 'kwargs': {'lr': 0.001}}, 'criterion': criterion}
         self.box = DistillationBox(self.teacher, self.student, {'train': self.images}, config, work.device, None, False, 1)
         self.box.pre_epoch_process(epoch=0)
 

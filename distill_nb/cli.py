@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'IMAGENET', 'MOST', 'COLUMNS', 'Preset', 'preset', 'free_folder', 'is_free', 'check_folder',
-           'pretrained_model', 'normalisation_of', 'make_teacher', 'Job', 'answering', 'answering_teacher',
-           'make_settings', 'prepare', 'train_teacher', 'run_setting', 'result_rows', 'table', 'verdicts',
-           'draw_curves', 'draw_comparison', 'make_result', 'make_report', 'write_run', 'distill_nb', 'command_line',
-           'describe_answers', 'run_job', 'run_command', 'main', 'main_bench']
+           'pretrained_model', 'normalisation_of', 'make_teacher', 'Job', 'chosen_methods', 'answering',
+           'answering_teacher', 'make_settings', 'prepare', 'train_teacher', 'settings_of', 'run_setting',
+           'result_rows', 'table', 'show_setting', 'verdicts', 'draw_curves', 'draw_comparison', 'make_result',
+           'make_report', 'write_run', 'distill_nb', 'command_line', 'describe_answers', 'run_job', 'run_command',
+           'main', 'main_bench']
 
-# %% ../nbs/cli.ipynb #71d71ca6
+# %% ../nbs/cli.ipynb #80d5db8e
 import base64, html, json, math, shutil, sys, time, warnings
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -22,8 +23,9 @@ from fastcore.script import anno_parser
 from .bench import distill_nb_bench
 from .cache import CachedTeacher
 from .data import few_labels, load_data
-from .logits import GRID, Distill, check_teacher, compare, text_table, tune
+from .logits import check_teacher, compare, text_table
 from .losses import DistillationLoss
+from .methods import METHODS, Task, choose, contender
 from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, write_atomic
 from .training import PRECISIONS, Recipe, Supervised, environment, evaluate, fit, fit_device
 
@@ -129,7 +131,7 @@ def make_teacher(
     load_weights(model, weights)
     return model, True, normalisation_of(weights, data.channels)
 
-# %% ../nbs/cli.ipynb #685e2f00
+# %% ../nbs/cli.ipynb #77e0649c
 class Job(NamedTuple):
     "All that a run needs, checked."
     data: tuple        # Splits
@@ -138,12 +140,22 @@ class Job(NamedTuple):
     student: object    # Called without arguments; makes a new student
     teaching: Recipe
     learning: Recipe
-    grid: tuple        # Pairs (temperature, alpha) to choose from
+    methods: tuple     # Keys of `METHODS`
     settings: dict     # {setting: (data of the student alone, data of the distilled one)}
     answers: dict      # {model: how its teacher answers: 'live', or the views of each image that are cached}
     options: dict      # What determines the result, for recipe.json
     compile: bool      # Compile what is trained?
     device: torch.device
+
+# %% ../nbs/cli.ipynb #22300f04
+def chosen_methods(
+    method:str, # As the option `--method`
+)->tuple: # Keys of `METHODS`
+    "The methods to compare with the student alone."
+    words = [w.strip() for w in method.split(',')]
+    wrong = [w for w in words if w not in METHODS]
+    if wrong or len(set(words)) < len(words): raise ValueError(f"method must be one of {', '.join(METHODS)}, or a list of different ones, but is {method!r}.")
+    return tuple(words)
 
 # %% ../nbs/cli.ipynb #e5d2c263
 MOST = 2e9  # bytes that the answers of all views may take before `auto` asks a live teacher instead
@@ -207,7 +219,7 @@ def prepare(
     data = load_data(o['data'], o['root'], o['size'], **({'skip_damaged': True} if o['skip_damaged'] else {}))
     return _job(o, data, options, recipe_options, device)
 
-# %% ../nbs/cli.ipynb #a8e0736a
+# %% ../nbs/cli.ipynb #9d0f879c
 def _job(o, data, options, recipe_options, device):
     "The second half of `prepare`: what needs the data."
     p, train = preset(o['data'], data.train.size), data.train
@@ -221,10 +233,9 @@ def _job(o, data, options, recipe_options, device):
     teacher, trained, normalisation = make_teacher(o['teacher'] or p.teacher, o['teacher_weights'], train)
     if normalisation: data = type(data)(*(split.with_normalisation(*normalisation) for split in data))
     if trained: check_teacher(teacher, data.valid)
-    T, a = o['temperature'], o['alpha']
-    grid = GRID if T is None and a is None else tuple(dict.fromkeys((t if T is None else T, b if a is None else a) for t, b in GRID))
-    answers, settings = answering(o['cache'], data.train), make_settings(data.train, o['labels'])
-    return Job(data, teacher, trained, student, teaching, replace(p.learning, **recipe_options), grid, settings, answers, options, o['compile'], device)
+    methods, answers = chosen_methods(o['method']), answering(o['cache'], data.train)
+    if methods != ('kd',) and len(answers) > 1: raise ValueError(f"cache must be a single word where methods are compared, but is {o['cache']!r}.")
+    return Job(data, teacher, trained, student, teaching, replace(p.learning, **recipe_options), methods, make_settings(data.train, o['labels']), answers, options, o['compile'], device)
 
 # %% ../nbs/cli.ipynb #71101307
 def train_teacher(
@@ -237,24 +248,40 @@ def train_teacher(
     check_teacher(job.teacher.to(job.device), valid := job.data.valid.to(job.device))
     return seconds, evaluate(job.teacher, valid).accuracy
 
-# %% ../nbs/cli.ipynb #08c3046b
+# %% ../nbs/cli.ipynb #920abbe7
+def settings_of(
+    method:str, # A key of `METHODS`
+    options:dict, # Options of the command by name
+)->list: # Settings to choose from, as dicts
+    "The method's settings, with temperature and alpha as they were given."
+    given = {k: options[k] for k in ('temperature', 'alpha') if options[k] is not None}
+    settings = [s | {k: v for k, v in given.items() if k in s} for s in METHODS[method].grid]
+    return [s for i, s in enumerate(settings) if s not in settings[:i]]
+
+# %% ../nbs/cli.ipynb #805513bd
 def run_setting(
     job:Job, # What to run
     folder:Path, # The run folder
     setting:str, # 'all_labels' or 'few_labels'
-)->tuple: # The chosen (temperature, alpha), the tries, the comparison
-    "Choose T and α on the validation split, then compare over the seeds."
+)->tuple: # {model: chosen setting}, the tries, the comparison
+    "Choose each method's setting on the validation split, then compare over the seeds."
     alone, transfer = job.settings[setting]
     work, steps = folder/'work'/setting, job.learning.total_steps(max(len(alone), len(transfer)))
-    learning = replace(job.learning, steps=steps)
-    (T, a), tries, kw = job.grid[0], [], {'device': job.device, 'compile': job.compile}
     taught = {name: answering_teacher(job, mode, transfer, folder) for name, mode in job.answers.items()}
     teacher, data = next(iter(taught.values()))
-    if len(job.grid) > 1: (T, a), tries = tune(job.student, teacher, data, job.data.valid, learning, job.grid, seeds=[1000], folder=work/'tries', **kw)
-    contenders = {'alone': (Supervised, alone)} | {name: (lambda s, t=t: Distill(s, t, T, a), data) for name, (t, data) in taught.items()}
-    return (T, a), tries, compare(job.student, contenders, learning, job.data.valid, job.data.test, job.teacher, job.options['seeds'], work, **kw)
+    task, kw = Task(teacher, alone, data, replace(job.learning, steps=steps)), {'device': job.device, 'compile': job.compile}
+    chosen, tries = {}, []
+    for method in job.methods:
+        chosen[method], found = choose(method, job.student, task, job.data.valid, settings_of(method, job.options), work/'tries'/method, **kw)
+        tries += found
+    tasks = dict.fromkeys(job.methods, task)
+    if job.methods == ('kd',):  # one contender for each way to answer
+        tasks = {name: task._replace(teacher=teacher, transfer=data) for name, (teacher, data) in taught.items()}
+        chosen = dict.fromkeys(taught, chosen['kd'])
+    contenders = {'alone': contender('alone', task, label_smoothing=0.)} | {m: contender(m if m in METHODS else 'kd', tasks[m], **chosen[m]) for m in tasks}
+    return chosen, tries, compare(job.student, contenders, task.recipe, job.data.valid, job.data.test, job.teacher, job.options['seeds'], work, **kw)
 
-# %% ../nbs/cli.ipynb #9abdc6a0
+# %% ../nbs/cli.ipynb #f07f47e9
 def _binomial(p, n): return 1.96 * (p * (1 - p) / n) ** 0.5
 
 def result_rows(
@@ -266,14 +293,15 @@ def result_rows(
     image, n = (job.data.train.channels, job.data.train.size, job.data.train.size), len(job.data.test)
     cost = {'teacher': profile_model(job.teacher, image)._asdict(), 'student': profile_model(job.student().to(job.device), image)._asdict()}
     e, rows = evaluate(job.teacher, job.data.test.to(job.device)), []
-    for setting, ((T, a), _, comparison) in settings.items():
+    epochs = job.learning.total_steps(len(job.data.train)) * job.learning.batch_size / len(job.data.train)
+    for setting, (chosen, _, comparison) in settings.items():
         rows.append({'setting': setting, 'model': 'teacher', 'accuracy': e.accuracy, 'ci95': _binomial(e.accuracy, n), 'interval_over': 'test images',
                      'agreement': 1., 'ece': e.ece, 'seconds': teacher_seconds, **cost['teacher']})
         for r in comparison.rows():
             over = 'test images' if r['ci95'] is None else 'seeds'
             if r['ci95'] is None: r['ci95'] = _binomial(r['accuracy'], n)
-            chosen = {'temperature': T, 'alpha': a, 'answers': job.answers[r['model']]} if r['model'] in job.answers else {}
-            rows.append({'setting': setting, **r, 'interval_over': over, **cost['student'], **chosen})
+            rows.append({'setting': setting, **r, 'interval_over': over, **cost['student'], 'seconds_per_epoch': r['seconds'] / epochs}
+                        | ({'chosen': chosen[r['model']]} if r['model'] in chosen else {}) | ({'answers': job.answers[r['model']]} if r['model'] in job.answers else {}))
     return rows
 
 # %% ../nbs/cli.ipynb #bba55e7b
@@ -296,22 +324,29 @@ def table(rows:list)->list: # Lists of strings, the first of them the head
     "The rows of a result as they are printed: accuracies and differences in percent."
     return [list(COLUMNS)] + [[show(r) for show in COLUMNS.values()] for r in rows]
 
-# %% ../nbs/cli.ipynb #b038e377
+# %% ../nbs/cli.ipynb #4abc29ae
+def show_setting(
+    setting:dict, # {name: number}
+)->str:
+    "A method's setting in a line: T=4, alpha=0.9."
+    return ', '.join(f"{'T' if k == 'temperature' else k.replace('_', ' ')}={v:g}" for k, v in setting.items())
+
+# %% ../nbs/cli.ipynb #b40ebe8c
 def verdicts(rows:list)->list: # Sentences
     "What the paired differences say, setting by setting."
     out = []
     for r in rows:
         if 'difference' not in r: continue
-        which, ci = r['model'].partition('_')[2], r['difference_ci95']
-        where = r['setting'].replace('_', ' ') + (f', {which} views' if which.isdecimal() or which == 'all' else f', {which} teacher' if which else '')
+        which, ci = r['model'].removeprefix('distilled').strip('_'), r['difference_ci95']
+        where = r['setting'].replace('_', ' ') + (f', {which} views' if which.isdecimal() or which == 'all' else ', live teacher' if which == 'live' else f', {which}' if which else '')
         if ci is None: said = 'one seed only, so nothing can be said about chance'
         elif ci[0] > 0: said = 'distillation helped: the 95 % interval of the paired difference lies above zero'
         elif ci[1] < 0: said = 'distillation hurt: the 95 % interval of the paired difference lies below zero'
         else: said = 'no effect was shown: the 95 % interval of the paired difference contains zero'
-        out.append(f"With {where} (T={r['temperature']:g}, alpha={r['alpha']:g}), {said}.")
+        out.append(f"With {where} ({show_setting(r['chosen'])}), {said}.")
     return out
 
-# %% ../nbs/cli.ipynb #5dd54185
+# %% ../nbs/cli.ipynb #d3c7188e
 def _figure(rows, height):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, height * rows), layout='constrained')
@@ -329,16 +364,18 @@ def draw_curves(settings:dict): # `settings`: {setting: (chosen, tries, comparis
             right.plot([r['step'] for r in h.rows], [r['accuracy'] for r in h.rows], color=f'C{i}', marker='.', label=name)
         left.set(title=setting.replace('_', ' '), xlabel='step', ylabel='loss')
         right.set(title='first seed', xlabel='step', ylabel='validation accuracy')
-        left.legend(); right.legend()
+        many = len(comparison.histories) > 4
+        if not many: left.legend()
+        right.legend(fontsize='xx-small' if many else None, ncols=2 if many else 1)
     return fig
 
-# %% ../nbs/cli.ipynb #00dc232a
+# %% ../nbs/cli.ipynb #97ac71c8
 def draw_comparison(
     settings:dict, # {setting: (chosen, tries, comparison)}
     rows:list, # As `result_rows` gives them
 ):
     "Accuracy of every seed, with the teacher's as a line, and the paired difference with its interval."
-    fig, axes = _figure(len(settings), 2.6)
+    fig, axes = _figure(len(settings), 2.6 + 0.1*max(len(c.names) for _, _, c in settings.values()))
     for (setting, (_, _, comparison)), ax in zip(settings.items(), axes):
         comparison.plot(ax)
         teacher = next(r for r in rows if r['setting'] == setting and r['model'] == 'teacher')
@@ -373,7 +410,7 @@ def _png(fig):
     fig.savefig(out := io.BytesIO(), format='png', dpi=110)
     return out.getvalue()
 
-# %% ../nbs/cli.ipynb #a72fd801
+# %% ../nbs/cli.ipynb #829d057a
 _STYLE = '''body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c;background:#fff}
 table{border-collapse:collapse;font-size:.86rem;display:block;overflow-x:auto}th,td{padding:.35rem .6rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}
 th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}tr.distilled{font-weight:600}img{max-width:100%;background:#fff;border-radius:4px}
@@ -388,11 +425,11 @@ def make_report(
     "One self-contained HTML page: what was done, the table, the pictures, how to repeat it."
     e, cells = html.escape, table(result['rows'])
     head = ''.join(f'<th>{e(c)}</th>' for c in cells[0])
-    body = '\n'.join(f"<tr class='{r['model'].partition('_')[0]}'>" + ''.join(f'<td>{e(c)}</td>' for c in row) + '</tr>' for r, row in zip(result['rows'], cells[1:]))
+    body = '\n'.join(f"<tr class='{'distilled' if 'difference' in r else r['model']}'>" + ''.join(f'<td>{e(c)}</td>' for c in row) + '</tr>' for r, row in zip(result['rows'], cells[1:]))
     images = '\n'.join(f"<h2>{e(c)}</h2><img alt='{e(c)}' src='data:image/png;base64,{base64.b64encode(p).decode()}'>" for c, p in pictures.items())
     said = ''.join(f'<li>{e(v)}</li>' for v in verdicts(result['rows']))
     few = result['labelled_images'].get('few_labels')
-    choice = 'T and alpha were chosen on the validation split.' if any(result['tries'].values()) else 'T and alpha were given.'
+    choice = 'Settings were chosen on the validation split.' if any(result['tries'].values()) else 'Settings were given.'
     setting = f'With few labels, {few} training images have a label; the student alone sees those, the distilled one sees all images and the teacher answers for the rest. ' if few else ''
     return f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Distillation: {e(result['name'])}</title>
 <style>{_STYLE}</style><h1>Distillation: {e(result['name'])}</h1><p>{e(result['data'])}.</p><ul>{said}</ul><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
@@ -422,7 +459,7 @@ def write_run(
     write_atomic(folder/'report.html', make_report(result, pictures, recipe).encode())
     write_atomic(folder/'result.json', _json(result))
 
-# %% ../nbs/cli.ipynb #64685068
+# %% ../nbs/cli.ipynb #fac10df0
 def distill_nb(
     data:str='digits', # digits, mnist, fashion_mnist, cifar10, cifar100 or folder:PATH
     teacher:str=None, # Teacher: a name of ours or torchvision:NAME; default: by data set
@@ -443,6 +480,7 @@ def distill_nb(
     precision:str=None, # auto, float32, bfloat16 or float16; default: by data set
     root:str='data', # Where data sets are downloaded to
     skip_damaged:bool=False, # Leave out the images of a folder that can't be read
+    method:str='kd', # How the student learns: alone, kd, kd_std, dkd, dist, hint, attention, relational, born_again, byot, self, data_free; or a list of these to compare
     cache:str='auto', # How the teacher answers: live; all (each view is asked once and kept); a number of views of each image; or a list of these to compare. auto: all where that is small
     compile:bool=False, # Compile what is trained with torch.compile: for long runs on a GPU
 )->dict: # The result, as in result.json
@@ -478,7 +516,7 @@ def describe_answers(
     if teacher is job.teacher: return 'the teacher is asked about every image in every epoch'
     return f"the teacher's answers for {len(data):,} images in {data.n_views:,} views are kept in {folder/'work'/'answers'}, {human(teacher.nbytes)}B"
 
-# %% ../nbs/cli.ipynb #9670a861
+# %% ../nbs/cli.ipynb #cb4c553e
 def run_job(
     job:Job, # What to run
     folder:Path, # The run folder
@@ -496,9 +534,11 @@ def run_job(
     for name, mode in job.answers.items(): say(f'{name}: ' + describe_answers(job, mode, folder))
     settings = {}
     for setting in job.settings:
-        settings[setting] = (T, a), tries, comparison = run_setting(job, folder, setting)
+        settings[setting] = chosen, tries, comparison = run_setting(job, folder, setting)
         means = ', '.join(f"{r['model']} {100 * r['accuracy']:.1f} %" for r in comparison.rows('valid_accuracy'))
-        say(f"{setting.replace('_', ' ')}: T={T:g}, alpha={a:g} ({'chosen on the validation split' if tries else 'given'}); validation accuracy: {means}")
+        how = 'chosen on the validation split' if tries else 'given'
+        for model, values in chosen.items(): say(f"{setting.replace('_', ' ')}, {model}: {show_setting(values)} ({how})")
+        say(f"{setting.replace('_', ' ')}: validation accuracy: {means}")
     result = make_result(job, folder.name, command, settings, seconds, time.perf_counter() - start, resumed)
     write_run(job, folder, settings, result)
     print('\n' + text_table(table(result['rows'])) + '\n\n' + '\n'.join(verdicts(result['rows'])) + f"\n\nreport: {folder/'report.html'}")

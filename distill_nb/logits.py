@@ -129,10 +129,10 @@ def _measure(student, teacher_logits, valid, test):
     if teacher_logits is not None: found['agreement'] = agreement(logits, teacher_logits)
     return found
 
-# %% ../nbs/05_logits.ipynb #d5f41166
+# %% ../nbs/05_logits.ipynb #8958ec3c
 def compare(
     make_student, # Called without arguments; makes a new student (the seed is set before)
-    contenders:dict, # {name: (function from a student to an objective, training data)}; the first is the baseline
+    contenders:dict, # {name: (function from a student to an objective, training data)}, or {name: function from a student to (objective, training data) or (objective, training data, recipe of its own)}; the first is the baseline
     recipe:Recipe, # The same for all
     valid, # Validation split
     test=None, # Test split: give it once, when all choices are made
@@ -149,15 +149,17 @@ def compare(
     valid, test = valid.to(device), None if test is None else test.to(device)
     teacher_logits = predict(teacher.to(device), test) if teacher is not None and test is not None else None
     if not contenders: raise ValueError('contenders must name at least one, but are empty.')
-    recipe = replace(recipe, steps=max(recipe.total_steps(len(data)) for _, data in contenders.values()))
+    sizes = [len(c[1]) for c in contenders.values() if not callable(c)]
+    if not sizes and recipe.steps is None: raise ValueError('recipe must give its steps where the contenders bring their own data, but steps is None.')
+    recipe = replace(recipe, steps=recipe.steps or max(map(recipe.total_steps, sizes)))
     result = Comparison([], next(iter(contenders)))
     todo = [(seed, name) for seed in (range(seeds) if isinstance(seeds, int) else seeds) for name in contenders]
     if not todo: raise ValueError(f'seeds must be a whole number of at least 1, or some seeds, but are {seeds!r}.')
     for seed, name in tqdm(todo, desc='compare', unit='run', leave=False, delay=1, disable=not progress):
-        make, data = contenders[name]
         torch.manual_seed(seed)
-        student = make_student()
-        history = fit(make(student), data, replace(recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
+        student, c = make_student(), contenders[name]
+        objective, data, *own = c(student) if callable(c) else (c[0](student), c[1])
+        history = fit(objective, data, replace(own[0] if own else recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
         result.runs.append({'model': name, 'seed': seed, 'seconds': history.seconds} | _measure(student, teacher_logits, valid, test))
         result.keep(name, result.runs[-1]['valid_accuracy'], student, history)
     return result
@@ -210,7 +212,7 @@ def text_table(
     line = lambda row: '  '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
     return '\n'.join([line(cells[0]), '  '.join('-' * w for w in widths), *map(line, cells[1:])])
 
-# %% ../nbs/05_logits.ipynb #e2de17d5
+# %% ../nbs/05_logits.ipynb #822f13fa
 @patch
 def plot(self:Comparison,
     ax=None, # Two matplotlib axes; None makes a figure
@@ -228,6 +230,8 @@ def plot(self:Comparison,
         low, high = r['difference_ci95'] or [r['difference']] * 2
         right.errorbar([i], [r['difference']], [[r['difference'] - low], [high - r['difference']]], fmt='o', capsize=4)
     right.set(xticks=range(len(others)), xticklabels=[r['model'] for r in others], xlim=(-0.7, len(others) - 0.3), ylabel=f'paired difference to {self.baseline}')
+    if len(self.names) > 4:
+        for axis in (left, right): axis.tick_params('x', rotation=60)
     if ax is None: left.figure.tight_layout()
     return left.figure
 

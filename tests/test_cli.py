@@ -130,6 +130,23 @@ def test_ways_to_answer_can_be_compared(tmp_path, capsys):
     assert rows['distilled_live']['accuracy'] == pytest.approx(rows['distilled_all']['accuracy'], abs=0.05)  # the same answers, rounded to two bytes
 
 
+def test_methods_can_be_compared_with_the_same_number_of_tries(tmp_path, capsys):
+    assert command('--epochs', 1, '--teacher_epochs', 4, '--seeds', 2, '--method', 'alone,dkd,self', '--labels', 100, '--out', tmp_path/'run') == 0
+    result = json.loads((tmp_path/'run'/'result.json').read_text())
+    for setting in ('all_labels', 'few_labels'):
+        rows = {r['model']: r for r in result['rows'] if r['setting'] == setting}
+        assert list(rows) == ['teacher', 'alone', 'dkd', 'self'] and all(rows[m]['seconds_per_epoch'] > 0 for m in list(rows)[1:])
+        assert set(rows['dkd']['chosen']) == {'temperature', 'alpha', 'beta'} and 'difference' in rows['dkd']
+        assert [sum(t['method'] == m for t in result['tries'][setting]) for m in ('alone', 'dkd', 'self')] == [4, 4, 4]
+    assert 'With few labels, dkd (T=' in capsys.readouterr().out
+
+
+def test_a_single_other_method(tmp_path):
+    assert command(*QUICK, '--labels', 0, '--method', 'kd_std', '--out', tmp_path/'run') == 0
+    result = json.loads((tmp_path/'run'/'result.json').read_text())
+    assert [r['model'] for r in result['rows']] == ['teacher', 'alone', 'kd_std'] and result['rows'][2]['chosen'] == {'temperature': 4.0, 'alpha': 0.9} and not any(result['tries'].values())
+
+
 def test_answers_that_cannot_be_kept_are_said_in_a_line(tmp_path, monkeypatch, capsys):
     from distill_nb import cache
     def full(*_): raise OSError(28, 'No space left on device')
@@ -167,7 +184,7 @@ def bad_files(tmp_path_factory):
     (['--data', 'folder:ONE'], 'class'), (['--data', 'folder:DAMAGED'], '0.png'), (['--teacher', 'resnet57'], 'resnet56'), (['--student', 'torchvision:resnet19'], 'resnet18'),
     (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'BAD/damaged.safetensors'], 'damaged'), (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
     (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'), (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'), (['--temperature', '1e300'], 'temperature'), (['--batch_size', '1000000000000'], 'batch_size'), (['--precision', 'float16', '--device', 'cpu'], 'float16'),
-    (['--cache', '0'], 'cache'), (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'), (['--cache', ''], 'cache'),
+    (['--method', 'magic'], 'born_again'), (['--method', 'kd,kd'], 'method'), (['--method', 'dkd,dist', '--cache', 'live,2'], 'cache'), (['--cache', '0'], 'cache'), (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'), (['--cache', ''], 'cache'),
     (['--teacher_weights', 'BAD/nan.safetensors'], 'not finite'), (['--teacher_weights', 'BAD/foreign.safetensors'], 'foreign.safetensors'), (['--out', 'BAD/other'], 'holds no run')])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_path, capsys):
     places = {'BAD': str(bad_files), 'DAMAGED': str(bad_files/'damaged_photos'), 'ONE': str(bad_files/'one_class'), 'EMPTY': str(bad_files/'empty')}

@@ -6,7 +6,7 @@ import pytest
 
 from tools.notebooks import NBS, ROOT, code_hash, head, notebooks, readme, runs, settings, stale
 
-MODULES = ['losses', 'theory', 'data', 'models', 'training', 'logits', 'cache', 'features', 'self_distillation', 'bench', 'cli']
+MODULES = ['losses', 'theory', 'data', 'models', 'training', 'logits', 'cache', 'features', 'self_distillation', 'data_free', 'methods', 'bench', 'cli']
 S = settings()
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split() or [str(p.relative_to(ROOT)) for p in ROOT.rglob('*') if p.is_file()]
 
@@ -74,7 +74,7 @@ def test_losses_load_torch_and_fastcore_only():
 
 @pytest.mark.parametrize('module', MODULES)
 def test_a_module_imports_only_from_modules_above_it(module):
-    order = ['theory', 'losses', 'data', 'models', 'training', 'logits', 'cache', 'features', 'self_distillation', 'bench', 'cli']
+    order = ['theory', 'losses', 'data', 'models', 'training', 'logits', 'cache', 'features', 'self_distillation', 'data_free', 'methods', 'bench', 'cli']
     tree = ast.parse((ROOT/'distill_nb'/f'{module}.py').read_text())
     for node in ast.walk(tree):
         name = getattr(node, 'module', None) or ''

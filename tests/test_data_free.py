@@ -1,0 +1,518 @@
+"""Distilling without data: the equations, who gets which gradient, and runs that survive a kill."""
+import copy, math, subprocess, sys, textwrap
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from distill_nb.data import CropFlip, ImageData
+from distill_nb.data_free import (DataFree, DeepInversion, Distilled, Generator, GlassTeacher, Imitate, Noise, Pictures, PixelRange, as_constant,
+                                  bn_layers, competition, dafl_losses, distill_without_data, find_channels, inputs_of, invert, joined,
+                                  statistics_distance, total_variation)
+from distill_nb.losses import UNLABELLED
+from distill_nb.models import fingerprint, resnet8, resnet20
+from distill_nb.training import Recipe, fit, read_checkpoint, write_checkpoint
+
+CLASSES, SIDE = 3, 4
+RECIPE = Recipe(steps=12, batch_size=8, optimizer='adamw', lr=0.01, weight_decay=0.01, precision='float32')
+QUICK = dict(progress=False, device='cpu')
+
+
+def images(n=60, seed=0, classes=CLASSES):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    x = torch.randint(0, 60, (n, 1, SIDE, SIDE), generator=g) + 60 * y.view(-1, 1, 1, 1)
+    return ImageData(x.to(torch.uint8), y, list('abc')[:classes], augment=CropFlip())
+
+
+def net(outputs=CLASSES, width=6, seed=0, norm=True, channels=1):
+    torch.manual_seed(seed)
+    bn = [nn.BatchNorm2d(width)] if norm else []
+    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), *bn, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(width * 4, outputs))
+
+
+@pytest.fixture
+def teacher():
+    "A teacher whose running statistics are not those of a new layer."
+    model = net(width=8)
+    with torch.no_grad():
+        for b in range(5): model(images(seed=b).get(torch.arange(60)).x)
+    return model.eval()
+
+
+def made(teacher, seed=0, **settings):
+    student = net(seed=seed + 1)
+    torch.manual_seed(seed)
+    return DataFree(student, teacher, Generator(SIDE, noise=5, width=4), **{'memory': 64, 'replay': 16} | settings)
+
+
+def noise(n=96, seed=0): return Noise(n, 5, CLASSES, seed)
+
+
+# --- the equations, against loops in float64
+
+def softmax(row):
+    top = max(row)
+    e = [math.exp(v - top) for v in row]
+    return [v / sum(e) for v in e]
+
+
+@pytest.mark.parametrize('shape', [(7, 3, 4, 4), (5, 6), (1, 2, 3, 3), (1, 4)])
+def test_the_statistics_distance_is_the_sum_of_two_norms_per_layer(shape):
+    g = torch.Generator().manual_seed(0)
+    total, inputs, layers = 0., [], []
+    for _ in range(2):
+        x = torch.randn(shape, generator=g)
+        layer = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(shape[1])
+        layer.running_mean.normal_(generator=g)
+        layer.running_var.uniform_(0.5, 2, generator=g)
+        means, variances = [], []
+        for c in range(shape[1]):
+            values = x[:, c].flatten().double().tolist()
+            m = sum(values) / len(values)
+            means.append(m - layer.running_mean[c].item())
+            variances.append(sum((v - m)**2 for v in values) / len(values) - layer.running_var[c].item())
+        total += math.sqrt(sum(d * d for d in means)) + math.sqrt(sum(d * d for d in variances))
+        inputs.append(x)
+        layers.append(layer)
+    assert statistics_distance(inputs, layers).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_matching_statistics_have_no_distance_and_a_finite_gradient():
+    x = torch.randn(6, 2, 3, 3, requires_grad=True)
+    layer = nn.BatchNorm2d(2)
+    layer.running_mean, layer.running_var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), unbiased=False)
+    distance = statistics_distance([x], [layer])
+    distance.backward()
+    assert distance.item() < 1e-5 and x.grad.isfinite().all()
+    for same in (torch.zeros(4, 2, 3, 3), torch.ones(1, 2)):  # constant features, a batch of one
+        same.requires_grad_()
+        statistics_distance([same], [nn.BatchNorm2d(2)]).backward()
+        assert same.grad.isfinite().all()
+
+
+def test_total_variation_is_the_mean_of_norms_of_differences():
+    x = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+    total = 0.
+    for image in x:
+        for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+            square = 0.
+            for c in range(2):
+                for i in range(4):
+                    for j in range(5):
+                        if 0 <= i + down < 4 and 0 <= j + right < 5: square += (image[c, i + down, j + right] - image[c, i, j]).item()**2
+            total += math.sqrt(square) / 3
+    assert total_variation(x).item() == pytest.approx(total)
+    flat = torch.zeros(2, 1, 3, 3, requires_grad=True)
+    total_variation(flat).backward()
+    assert flat.grad.isfinite().all()
+
+
+def test_the_competition_is_one_minus_jensen_shannon():
+    z, v = torch.randn(5, 4, dtype=torch.float64) * 2, torch.randn(5, 4, dtype=torch.float64) * 2
+    total = 0.
+    for a, b in zip(z.tolist(), v.tolist()):
+        p, q = softmax(b), softmax(a)
+        m = [(s + t) / 2 for s, t in zip(p, q)]
+        total += (sum(s * math.log(s / n) for s, n in zip(p, m)) + sum(t * math.log(t / n) for t, n in zip(q, m))) / 2 / 5
+    assert competition(z, v).item() == pytest.approx(1 - total)
+    assert competition(z, v).item() == pytest.approx(competition(v, z).item())
+    assert competition(z, z).item() == pytest.approx(1)
+
+
+def test_the_competition_pulls_on_both_networks_images():
+    "Swapped arguments behind a clamp would leave no gradient."
+    z, v = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    competition(z, v).backward()
+    assert z.grad.abs().sum() > 0.01 and v.grad.abs().sum() > 0.01
+
+
+def test_the_dafl_losses_are_the_papers():
+    v, f = torch.randn(6, 4, dtype=torch.float64) * 3, torch.randn(6, 5, dtype=torch.float64)
+    probabilities = [softmax(r) for r in v.tolist()]
+    mean = [sum(p[c] for p in probabilities) / 6 for c in range(4)]
+    found = dafl_losses(v, f)
+    assert found['onehot'].item() == pytest.approx(sum(-math.log(max(p)) for p in probabilities) / 6)
+    assert found['balance'].item() == pytest.approx(sum(m * math.log(m) for m in mean))
+    assert found['activation'].item() == pytest.approx(-sum(abs(x) for r in f.tolist() for x in r) / 6)
+    assert 'activation' not in dafl_losses(v)
+
+
+@pytest.mark.parametrize('logits', [[[0., 0, 0]], [[1e4, 0, -1e4]] * 3, [[3e38, -3e38, 0], [3e38, -3e38, 0]], [[0., 0, 0]] * 4, [[-1e30, 1e30, 0]]])
+def test_the_losses_are_finite_at_the_extremes(logits):
+    v = torch.tensor(logits, requires_grad=True)
+    loss = sum(dafl_losses(v, v).values()) if max(map(max, logits)) < 1e38 else sum(dafl_losses(v).values())
+    loss.backward()
+    assert loss.isfinite() and v.grad.isfinite().all()
+
+
+def test_the_balance_is_best_where_classes_are_used_alike():
+    even, uneven = torch.eye(4) * 50, torch.eye(4)[[0, 0, 0, 1]] * 50
+    assert dafl_losses(even)['balance'].item() == pytest.approx(-math.log(4), abs=1e-5) and dafl_losses(uneven)['balance'] > -math.log(4) + 0.5
+
+
+# --- the glass teacher
+
+def test_gradients_pass_through_glass_and_leave_nothing(teacher):
+    before = fingerprint(teacher.state_dict())
+    glass = GlassTeacher(teacher)
+    glass.train()
+    teacher.train()
+    x = torch.randn(5, 1, SIDE, SIDE, requires_grad=True)
+    look = glass.look(x)
+    (look.distance + look.logits.square().sum() + look.features.sum()).backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert fingerprint(teacher.state_dict()) == before and not any(m.training for m in teacher.modules())
+    assert not any(m._forward_pre_hooks for m in teacher.modules()) and not list(glass.parameters()) and not glass.state_dict()
+    assert torch.equal(look.logits, teacher(x)) and look.features.shape == (5, 32)
+
+
+def test_hooks_are_gone_after_an_error():
+    layer = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError), inputs_of([layer]): layer(torch.zeros(1, 3))
+    assert not layer._forward_pre_hooks
+
+
+def test_layers_without_running_statistics_do_not_count(teacher):
+    assert len(bn_layers(teacher)) == 1
+    assert bn_layers(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.GroupNorm(1, 3))) == []
+    assert GlassTeacher(net(norm=False)).look(torch.randn(2, 1, 4, 4)).distance is None
+
+
+def test_a_constant_student_gets_no_gradient_and_keeps_its_buffers():
+    student = net().train()
+    before = fingerprint(student.state_dict())
+    x = torch.randn(5, 1, 4, 4, requires_grad=True)
+    as_constant(student, x).square().sum().backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in student.parameters()) and fingerprint(student.state_dict()) == before
+    assert torch.allclose(as_constant(student, x), student(x), atol=1e-6)
+
+
+# --- noise
+
+def test_noise_is_a_function_of_seed_index_and_view():
+    a, i, v = noise(), torch.tensor([3, 90, 3]), torch.tensor([7, 1, 8])
+    assert a.get(i, v).x.shape == (3, 5, 1, 1) and (a.get(i, v).y == UNLABELLED).all()
+    assert torch.equal(a.get(i, v).x, noise().get(i, v).x) and torch.equal(a.get(i.flip(0), v.flip(0)).x, a.get(i, v).x.flip(0))
+    assert not torch.equal(a.get(i, v).x[0], a.get(i, v).x[2]) and not torch.equal(noise(seed=1).get(i, v).x, a.get(i, v).x)
+    assert len({noise().fingerprint(), noise(seed=1).fingerprint(), noise(97).fingerprint(), Noise(96, 6, CLASSES).fingerprint()}) == 4
+    assert torch.equal(torch.cat([b.x for b in a.batches(10)]), a.get(torch.arange(96)).x)
+
+
+def test_noise_is_normal():
+    from scipy.stats import kstest
+    x = Noise(4000, 5, CLASSES).get(torch.arange(4000)).x.flatten(1)
+    assert kstest(x.flatten().numpy(), 'norm').pvalue > 0.01 and x.isfinite().all()
+    assert (torch.corrcoef(x.T) - torch.eye(5)).abs().max() < 0.06
+
+
+def test_every_epoch_has_new_noise():
+    a = noise()
+    v = [a.view_of(0, e, torch.arange(96)) for e in (0, 1)]
+    assert (v[0] != v[1]).all() and min(t.min() for t in v) >= 0
+
+
+# --- DeepInversion
+
+def test_inversion_brings_the_statistics_nearer_and_leaves_the_teacher(teacher):
+    before = fingerprint(teacher.state_dict())
+    x, history = invert(teacher, torch.arange(24) % CLASSES, SIDE, Recipe(steps=60, optimizer='adam', lr=0.2, weight_decay=0., precision='float32'), **QUICK)
+    falls = history.losses['statistics']
+    assert falls[-1] < 0.5 * falls[0] and x.shape == (24, 1, SIDE, SIDE) and not x.requires_grad
+    assert fingerprint(teacher.state_dict()) == before and not any(m.training for m in teacher.modules())
+
+
+def test_the_parts_of_inversion_are_the_equation(teacher):
+    student, labels = net(seed=3), torch.arange(6) % CLASSES
+    o = DeepInversion(teacher, labels, SIDE, student=student, onehot=2., statistics=3., variation=5., norm=7., compete=11.)
+    index = torch.tensor([4, 1, 0, 2])
+    parts = o(Noise(6, 1, CLASSES).get(index))
+    x = o.images()[index]
+    logits = teacher(x)
+    assert parts['onehot'].item() == pytest.approx(2 * sum(-math.log(softmax(r)[l]) for r, l in zip(logits.tolist(), labels[index].tolist())) / 4, rel=1e-4)
+    assert parts['norm'].item() == pytest.approx(7 * sum(math.sqrt(sum(v * v for v in r)) for r in x.flatten(1).tolist()) / 4, rel=1e-4)
+    assert parts['variation'].item() == pytest.approx(5 * total_variation(x).item(), rel=1e-4)
+    assert parts['statistics'].item() == pytest.approx(3 * statistics_distance([teacher[0](x)], [teacher[1]]).item(), rel=1e-4)
+    assert parts['compete'].item() == pytest.approx(11 * competition(student.eval()(x), logits).item(), rel=1e-4)
+    assert list(DeepInversion(teacher, labels, SIDE)(Noise(6, 1, CLASSES).get(index))) == ['onehot', 'statistics', 'variation', 'norm']
+
+
+def test_the_rival_is_a_copy(teacher):
+    student = net(seed=3).train()
+    o = DeepInversion(teacher, torch.arange(6) % CLASSES, SIDE, student=student, compete=1.)
+    o(Noise(6, 1, CLASSES).get(torch.arange(6)))['compete'].backward()
+    assert student.training and all(p.requires_grad and p.grad is None for p in student.parameters()) and o.model.raw.grad.abs().sum() > 0
+    assert [n for n, _ in o.named_parameters()] == ['model.raw']
+
+
+def test_kept_images_do_not_change_with_the_next_step(teacher):
+    o = DeepInversion(teacher, torch.arange(6) % CLASSES, SIDE)
+    kept = o.images()
+    before = kept.clone()
+    with torch.no_grad(): o.model.raw.add_(1)
+    assert torch.equal(kept, before) and not torch.equal(o.images(), before)
+
+
+def test_pixels_stay_in_the_range_of_the_normalisation():
+    r = PixelRange([0.25, 0.5], [0.5, 0.25])
+    x = r(torch.tensor([-1e4, 1e4]).view(2, 1, 1, 1).expand(2, 2, 1, 1)).flatten(1)
+    assert torch.allclose(x, torch.tensor([[-0.5, -2.], [1.5, 2.]]))
+    assert PixelRange()(x) is x
+    g = Generator(8, mean=[0.3], std=[0.4])
+    y = g(torch.randn(50, 64) * 10)
+    assert -0.75 <= y.min() and y.max() <= 1.75
+
+
+# --- generator and student
+
+def test_each_loss_reaches_its_own_weights(teacher):
+    o = made(teacher, activation=0.1)
+    batch = noise().get(torch.arange(8))
+    for name in o(batch):
+        o.zero_grad()
+        before = fingerprint(o.model.state_dict())
+        o(batch)[name].backward()
+        got = [sum(p.grad.abs().sum().item() for p in m.parameters() if p.grad is not None) > 0 for m in (o.model, o.generator)]
+        assert got == [name == 'student', name != 'student'], name
+        assert all(p.grad is None for p in teacher.parameters())
+        assert before != fingerprint(o.model.state_dict())  # the student's pass counts in its batch norm
+
+
+def test_the_students_batch_norm_counts_one_pass_per_step(teacher):
+    o = made(teacher)
+    bn = bn_layers(o.model)[0]
+    for n in (1, 2):
+        o(noise().get(torch.arange(8)))
+        assert bn.num_batches_tracked.item() == n
+
+
+def test_the_sum_has_the_gradients_that_separate_training_would_have(teacher):
+    o, batch = made(teacher), noise().get(torch.arange(8))
+    twin = copy.deepcopy(o)
+    twin.teacher = o.teacher
+    torch.manual_seed(0)
+    sum(o(batch).values()).backward()
+    torch.manual_seed(0)
+    losses = twin(batch)
+    for loss, part in ((losses['student'], twin.model), (sum(l for k, l in losses.items() if k != 'student'), twin.generator)):
+        loss.backward(inputs=list(part.parameters()), retain_graph=True)
+    for (name, p), q in zip(o.named_parameters(), twin.parameters()): assert torch.allclose(p.grad, q.grad, atol=1e-7), name
+
+
+def test_the_teacher_is_bitwise_unchanged_and_generator_and_student_train(teacher):
+    o = made(teacher)
+    before = [fingerprint(m.state_dict()) for m in (teacher, o.model, o.generator)]
+    teacher.train()
+    fit(o, noise(), RECIPE, images(), **QUICK)
+    after = [fingerprint(m.state_dict()) for m in (teacher, o.model, o.generator)]
+    assert [a == b for a, b in zip(before, after)] == [True, False, False] and not any(m.training for m in teacher.modules())
+    assert all(p.requires_grad for p in o.model.parameters())
+
+
+def test_the_memory_is_a_ring(teacher):
+    o = made(teacher, memory=10)
+    for k in range(3): o.remember(torch.full((4, 1, SIDE, SIDE), float(k)), torch.full((4, CLASSES), float(k)))
+    assert o.count == 12 and o.images[:, 0, 0, 0].tolist() == [2, 2, 0, 0, 1, 1, 1, 1, 2, 2] and torch.equal(o.images[:, 0, 0, 0], o.answers[:, 0])
+    o.remember(torch.full((25, 1, SIDE, SIDE), 9.), torch.full((25, CLASSES), 9.))
+    assert (o.images == 9).all()
+    fresh = made(teacher, memory=10)
+    fresh.remember(torch.ones(2, 1, SIDE, SIDE), torch.ones(2, CLASSES))
+    assert (fresh.recall()[0] == 1).all() and fresh.recall()[0].shape == (16, 1, SIDE, SIDE)  # never an empty place
+
+
+def test_nothing_is_remembered_in_eval_mode(teacher):
+    o = made(teacher).eval()
+    before = fingerprint(o.state_dict())
+    o(noise().get(torch.arange(8)))
+    assert fingerprint(o.state_dict()) == before
+
+
+def test_evaluation_knows_nothing_of_the_losses(teacher):
+    from distill_nb.training import evaluate
+    o = made(teacher)
+    row = fit(o, noise(), RECIPE, images(), **QUICK).last
+    e = evaluate(o.model, images())
+    assert (row['accuracy'], row['valid_loss']) == (e.accuracy, e.loss)
+
+
+def test_a_batch_of_one_and_of_equal_noise_is_finite(teacher):
+    o = made(teacher, activation=0.1).train()
+    same = noise().get(torch.zeros(4, dtype=torch.long))
+    losses = o(same)
+    sum(losses.values()).backward()
+    assert all(l.isfinite() for l in losses.values()) and all(p.grad.isfinite().all() for p in o.parameters())
+    one = made(teacher).eval()
+    losses = one(noise().get(torch.tensor([0])))
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in one.parameters() if p.grad is not None)
+
+
+# --- kill and resume
+
+def run(method, teacher, folder, resume=False, steps=30, **more):
+    student = net(seed=5)
+    small = dict(noise=5, width=4, memory=64, replay=16) if method == 'generator' else dict(rounds=2, images=12, inversion=Recipe(steps=8, optimizer='adam', lr=0.1, weight_decay=0.))
+    result = distill_without_data(teacher, student, SIDE, method, replace(RECIPE, steps=steps), folder=folder, resume=resume, **small, **more, **QUICK)
+    return fingerprint(student.state_dict()), result
+
+
+@pytest.mark.parametrize('method', ['generator', 'inversion'])
+def test_a_run_is_a_function_of_its_seed_and_disturbs_no_random_numbers(teacher, method):
+    torch.manual_seed(9)
+    a = run(method, teacher, None)
+    torch.manual_seed(9)
+    drawn = torch.rand(1)
+    torch.manual_seed(9)
+    run(method, teacher, None)
+    b = run(method, teacher, None)
+    assert a[0] == b[0] != run(method, teacher, None, seed=1)[0] and torch.equal(a[1].images, b[1].images)
+    assert isinstance(a[1], Distilled) and a[1].images.shape[1:] == (1, SIDE, SIDE)
+
+
+class Stop(Exception): pass
+
+
+@pytest.mark.parametrize('method,name,at', [('generator', 'DataFree', 210), ('inversion', 'Imitate', 110), ('inversion', 'DeepInversion', 10)])
+def test_a_stopped_run_resumes_to_the_same_weights(teacher, tmp_path, monkeypatch, method, name, at):
+    from distill_nb import data_free, training
+    steps = 300
+    whole = run(method, teacher, tmp_path/'whole', steps=steps)
+    cls, seen = getattr(data_free, name), [0]
+    forward, init = cls.forward, training._Run.__init__
+    def stops(self, batch):
+        seen[0] += 1
+        if seen[0] > at: raise Stop
+        return forward(self, batch)
+    def often(self, *args): init(self, *args[:8], 0., *args[9:])  # a checkpoint at every reading of the losses
+    monkeypatch.setattr(cls, 'forward', stops)
+    monkeypatch.setattr(training._Run, '__init__', often)
+    with pytest.raises(Stop): run(method, teacher, tmp_path/'stopped', steps=steps)
+    monkeypatch.setattr(cls, 'forward', forward)
+    assert list((tmp_path/'stopped').rglob('checkpoint.safetensors'))
+    resumed = run(method, teacher, tmp_path/'stopped', resume=True, steps=steps)
+    assert resumed[0] == whole[0] and torch.equal(resumed[1].images, whole[1].images)
+    assert resumed[1].history.losses == whole[1].history.losses
+
+
+def test_a_checkpoint_holds_generator_and_memory_and_knows_the_settings(teacher, tmp_path):
+    fit(made(teacher), noise(), RECIPE, folder=tmp_path, **QUICK)
+    tensors, _ = read_checkpoint(tmp_path/'checkpoint.safetensors')
+    assert tensors['objective.count'] == 96 and 'objective.images' in tensors and any(k.startswith('objective.generator.') for k in tensors)
+    for other in (dict(temperature=3.), dict(balance=4.), dict(adversarial=0.), dict(replay=8)):
+        with pytest.raises(ValueError, match='another objective'): fit(made(teacher, **other), noise(), RECIPE, folder=tmp_path, resume=True, **QUICK)
+    with pytest.raises(ValueError, match='another data'): fit(made(teacher), noise(seed=1), RECIPE, folder=tmp_path, resume=True, **QUICK)
+
+
+# --- no data
+
+@pytest.mark.parametrize('method', ['generator', 'inversion'])
+def test_no_data_set_is_read(teacher, monkeypatch, method):
+    def read(*args): raise AssertionError('a data set was read')
+    for name in ('get', 'batches', 'stream', 'pixels', 'view_of', 'fingerprint'): monkeypatch.setattr(ImageData, name, read)
+    run(method, teacher, None)
+
+
+@pytest.mark.parametrize('method', ['generator', 'inversion'])
+def test_the_validation_split_measures_and_teaches_nothing(teacher, method):
+    a, b = run(method, teacher, None), run(method, teacher, None, valid=images())
+    assert a[0] == b[0] and 'accuracy' in b[1].history.last and 'accuracy' not in a[1].history.last
+
+
+def test_a_student_learns_without_data(teacher):
+    student = net(seed=5)
+    before = (student.eval()(images().get(torch.arange(60)).x).argmax(1) == teacher(images().get(torch.arange(60)).x).argmax(1)).float().mean()
+    history = distill_without_data(teacher, student, SIDE, recipe=replace(RECIPE, steps=80), noise=5, width=4, memory=256, replay=32, **QUICK).history
+    assert history.losses['student'][-1] < history.losses['student'][0] and 0 <= before <= 1
+
+
+# --- other shapes and precisions
+
+@pytest.mark.parametrize('method', ['generator', 'inversion'])
+def test_residual_networks_for_colour_images_in_bf16(method):
+    torch.manual_seed(0)
+    teacher, student = resnet20(), resnet8()
+    small = dict(noise=8, width=8, memory=32, replay=4) if method == 'generator' else dict(rounds=1, images=4, inversion=Recipe(steps=2, optimizer='adam', lr=0.1, weight_decay=0.))
+    before = fingerprint(teacher.state_dict())
+    r = distill_without_data(teacher, student, 32, method, Recipe(steps=2, batch_size=4, optimizer='adamw', lr=1e-3, precision='bfloat16'), mean=[0.5] * 3, std=[0.25] * 3, **small, **QUICK)
+    assert r.images.shape[1:] == (3, 32, 32) and r.images.dtype == torch.float32 and all(math.isfinite(v) for l in r.history.losses.values() for v in l)
+    assert fingerprint(teacher.state_dict()) == before
+
+
+@pytest.mark.parametrize('size,channels', [(1, 1), (5, 3), (8, 1), (28, 1)])
+def test_a_generator_makes_images_of_any_size(size, channels):
+    assert Generator(size, channels, noise=3, width=4)(torch.randn(2, 3)).shape == (2, channels, size, size)
+
+
+def test_the_objective_runs_under_the_compiler(teacher):
+    o = made(teacher)
+    batch = noise().get(torch.arange(8))
+    torch.manual_seed(0)
+    compiled = torch.compile(copy.deepcopy(o), backend='eager')
+    compiled.teacher = o.teacher
+    torch.manual_seed(0)
+    a = compiled(batch)
+    torch.manual_seed(0)
+    b = o(batch)
+    assert list(a) == list(b) and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def test_pieces_of_a_batch_work(teacher):
+    history = fit(made(teacher), noise(), replace(RECIPE, accumulate=2), **QUICK)
+    assert len(history.losses['student']) == 12
+
+
+# --- errors
+
+def test_a_teacher_without_batch_norm_is_refused_or_taught_without(teacher):
+    plain = net(norm=False)
+    with pytest.raises(ValueError, match='no batch-norm statistics.*statistics=0'): DeepInversion(plain, torch.arange(3), SIDE)
+    for method in ('generator', 'inversion'):
+        with pytest.raises(ValueError, match='no batch-norm statistics.*statistics=0'): run(method, plain, None)
+        assert 'statistics' not in run(method, plain, None, statistics=0.)[1].history.losses
+
+
+@pytest.mark.parametrize('bad,message', [
+    (dict(method='magic'), "method must be one of generator, inversion, but is 'magic'"), (dict(size=0), 'size must be'), (dict(size=8.), 'size must be'),
+    (dict(channels=3), 'does not take images of shape'), (dict(temperature=0.), 'temperature'), (dict(balance=-1.), 'balance must be'), (dict(memory=0), 'memory must be'),
+    (dict(replay=2.5), 'replay must be'), (dict(adversarial=math.nan), 'adversarial must be'), (dict(mean=[0.5]), 'mean and std must be given together'),
+    (dict(onehot=0., balance=0., statistics=0., adversarial=0.), 'at least one of')])
+def test_errors_come_before_training(teacher, bad, message):
+    student = net(seed=5)
+    before = fingerprint(student.state_dict())
+    with pytest.raises(ValueError, match=message): distill_without_data(**{'teacher': teacher, 'student': student, 'size': SIDE, 'recipe': RECIPE} | QUICK | bad)
+    assert fingerprint(student.state_dict()) == before
+
+
+def test_wrong_models_and_data_are_refused(teacher):
+    with pytest.raises(ValueError, match='the student tells 5 classes apart, but the teacher 3'): distill_without_data(teacher, net(5), SIDE, recipe=RECIPE, **QUICK)
+    with pytest.raises(ValueError, match='the student tells 5 classes apart, but the teacher 3'): run_inversion(teacher, net(5))
+    with pytest.raises(ValueError, match='another module'): distill_without_data(teacher, teacher, SIDE, recipe=RECIPE, **QUICK)
+    with pytest.raises(ValueError, match='another module'): run_inversion(teacher, teacher)
+    with pytest.raises(ValueError, match='data must be Noise with dim=5'): fit(made(teacher), images(), RECIPE, **QUICK)
+    with pytest.raises(ValueError, match='data must be Noise with dim=5'): fit(made(teacher), Noise(9, 6, CLASSES), RECIPE, **QUICK)
+    with pytest.raises(ValueError, match='channels must be given'): find_channels(nn.Linear(3, 3))
+    assert find_channels(nn.Linear(3, 3), [0.1, 0.2, 0.3]) == 3 and find_channels(teacher) == 1
+    with pytest.raises(ValueError, match='labels must be integers from 0 to 2'): invert(teacher, torch.tensor([0, 3]), SIDE, **QUICK)
+    with pytest.raises(ValueError, match='student must be given'): DeepInversion(teacher, torch.arange(3), SIDE, compete=1.)
+    with pytest.raises(ValueError, match='valid must be None'): fit(DeepInversion(teacher, torch.arange(3), SIDE), Noise(3, 1, CLASSES), RECIPE, images(), **QUICK)
+    with pytest.raises(ValueError, match='one index for each of the 3 images'): fit(DeepInversion(teacher, torch.arange(3), SIDE), Noise(4, 1, CLASSES), RECIPE, **QUICK)
+    headless = nn.Sequential(nn.Conv2d(1, CLASSES, 3), nn.BatchNorm2d(CLASSES), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match='activation must be 0'): distill_without_data(headless, net(), SIDE, recipe=RECIPE, activation=0.1, **QUICK)
+
+
+def run_inversion(teacher, student): return distill_without_data(teacher, student, SIDE, 'inversion', RECIPE, rounds=1, images=6, inversion=Recipe(steps=2), **QUICK)
+
+
+def test_joined_histories_go_on():
+    from distill_nb.training import History
+    part = lambda: History([{'step': 2, 'epoch': 1., 'seconds': 3., 'accuracy': 0.5}, {'step': 4, 'epoch': 2., 'seconds': 5., 'accuracy': 0.6}], {'student': [1., 2., 3., 4.]}, 6.)
+    whole = joined([part(), part()])
+    assert [r['step'] for r in whole.rows] == [2, 4, 6, 8] and [r['seconds'] for r in whole.rows] == [3, 5, 8, 10] and whole.seconds == 12 and len(whole.losses['student']) == 8
+
+
+def test_pictures_are_a_data_set_without_labels():
+    x = torch.randn(5, 1, 4, 4)
+    p = Pictures(x, CLASSES)
+    batch = p.get(torch.tensor([3, 0]), torch.tensor([0, 0]))
+    assert torch.equal(batch.x, x[[3, 0]]) and (p.y == UNLABELLED).all() and len(p) == 5 and p.to('cpu').fingerprint() == p.fingerprint() != Pictures(x + 1, CLASSES).fingerprint()

@@ -1,0 +1,78 @@
+"""Every method with the same budget, on the images that it may use, and with a teacher that stays as it was."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill_nb.cache import CachedTeacher
+from distill_nb.data import digits, few_labels
+from distill_nb.logits import compare
+from distill_nb.losses import UNLABELLED
+from distill_nb.methods import METHODS, Task, choose, contender, grid
+from distill_nb.models import digit_student, digit_teacher, fingerprint
+from distill_nb.training import Recipe, Supervised, fit
+
+RECIPE = Recipe(steps=6, batch_size=32, optimizer='adamw', lr=0.02, precision='float32')
+
+
+@pytest.fixture(scope='module')
+def task():
+    train, _, _ = digits()
+    torch.manual_seed(0)
+    teacher = digit_teacher()
+    fit(Supervised(teacher), train, Recipe(epochs=2, batch_size=64, optimizer='adamw', lr=0.01, precision='float32'))
+    labelled, transfer = few_labels(train, 100)
+    return Task(CachedTeacher(teacher, transfer), labelled, transfer, RECIPE)
+
+
+def test_each_method_has_as_many_tries_as_every_other():
+    assert {len(m.grid) for m in METHODS.values()} == {4}
+    for m in METHODS.values(): assert len({tuple(sorted(s.items())) for s in m.grid}) == 4
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_trains_the_student_and_leaves_the_teacher(name, task):
+    before, valid = fingerprint(task.teacher.model.state_dict()), digits().valid
+    torch.manual_seed(1)
+    student = digit_student()
+    fresh = fingerprint(student.state_dict())
+    task = task._replace(recipe=replace(RECIPE, steps=80))  # the born-again student is taught by one that was trained by it
+    objective, data, *own = contender(name, task, **METHODS[name].grid[0])(student)
+    history = fit(objective, data, replace(own[0] if own else RECIPE, steps=6), valid)
+    assert fingerprint(student.state_dict()) != fresh and fingerprint(task.teacher.model.state_dict()) == before
+    assert all(torch.tensor(v).isfinite().all() for v in history.losses.values())
+
+
+def test_methods_see_the_images_that_they_may(task):
+    for name in METHODS:
+        _, data, *_ = contender(name, task, **METHODS[name].grid[0])(digit_student())
+        labels = (data.y != UNLABELLED).sum()
+        if name in ('alone', 'byot'): assert len(data) == labels == 100
+        elif name == 'data_free': assert labels == 0
+        elif name == 'self': assert len(data) > len(task.transfer)
+        else: assert len(data) == len(task.transfer) and labels == 100
+
+
+def test_without_data_no_image_is_read(task):
+    class Closed:
+        size, channels, mean, std, classes = 8, 1, [0.5], [0.25], list('0123456789')
+        def __getattr__(self, name): raise AssertionError(f'{name} was read')
+    objective, data, recipe = contender('data_free', task._replace(labelled=Closed(), transfer=Closed()), balance=5.)(digit_student())
+    fit(objective, data, replace(recipe, steps=2))
+
+
+def test_the_choice_is_the_best_on_the_validation_split(task):
+    valid = digits().valid
+    settings = grid(temperature=(4., 4.), alpha=(0., 0.9))
+    best, tries = choose('kd', digit_student, task, valid, settings)
+    assert [t['method'] for t in tries] == ['kd', 'kd'] and [{k: t[k] for k in s} for t, s in zip(tries, settings)] == list(settings)
+    assert best == settings[max(range(2), key=lambda i: tries[i]['valid_accuracy'])]
+    assert choose('kd', digit_student, task, valid, settings[:1]) == (settings[0], [])
+
+
+def test_contenders_with_data_of_their_own_need_the_steps(task):
+    with pytest.raises(ValueError, match='steps'): compare(digit_student, {'alone': contender('alone', task, label_smoothing=0.)}, Recipe(epochs=1), digits().valid, seeds=1)
+
+
+def test_an_unknown_method_is_named(task):
+    with pytest.raises(ValueError, match='magic.*|born_again'): contender('magic', task)
