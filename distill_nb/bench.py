@@ -331,7 +331,7 @@ class Normalised(nn.Module):
 
     def forward(self, x): return self.model((x - self.mean)/self.std)
 
-# %% ../nbs/bench.ipynb #063f6113
+# %% ../nbs/bench.ipynb #f16cc680
 LENGTHS = (0.5, 0.75, 1, 1.5, 2, 3, 5)  # epochs that are tried
 
 def naive_accuracy(
@@ -359,7 +359,7 @@ def fast_accuracy(
     "Train by `fit`, with a cache that starts empty."
     teacher, student = work.models()
     begin = time.perf_counter()
-    cached = CachedTeacher(teacher, work.data)
+    cached = CachedTeacher(teacher, work.data) if work.data.n_views < 10_000 else teacher  # crops without a list are asked live
     fit(Distill(student, cached), work.data, Recipe(epochs=epochs, batch_size=work.batch_size, lr=0.2), device=work.device.type)
     wait(work.device)
     seconds = time.perf_counter() - begin
@@ -377,7 +377,7 @@ def race(
         if rows[-1]['accuracy'] >= rows[0]['accuracy']: break
     return rows
 
-# %% ../nbs/bench.ipynb #f43aaafb
+# %% ../nbs/bench.ipynb #6ab7c1b3
 def make_work(
     pair:str, # A key of `PAIRS`
     batch_size:int|None, # Images per step; None: the pair's
@@ -393,6 +393,7 @@ def make_work(
     if B < 2: raise ValueError(f'batch_size must be a whole number of at least 2, but is {B}.')
     splits = None if data is None else load_data(data, root, p.size)
     train = noise(p, 4*B) if splits is None else splits.train
+    if type(train) is not ImageData: raise ValueError(f'data must fit in memory for a measurement, but {data!r} does not; give a smaller folder.')
     if train.channels != p.channels: raise ValueError(f'data must have images with {p.channels} channels for the pair {pair}, but {data!r} has {train.channels}.')
     if len(train) < B: raise ValueError(f'batch_size must be at most the number of training images, {len(train)}, but is {B}.')
     torch.manual_seed(0)
@@ -400,7 +401,7 @@ def make_work(
     if teacher_weights: load_weights(teacher, teacher_weights)
     return Work(train, teacher, student, B, device), splits
 
-# %% ../nbs/bench.ipynb #4abab589
+# %% ../nbs/bench.ipynb #a5b5bedf
 def available()->list: # Names
     "The contenders that can run here; a line on stderr names one that can't."
     import importlib.util, sys
@@ -421,6 +422,8 @@ def check_out(
     if out is None: return None
     path = Path(out)
     if path.suffix != '.json': raise ValueError(f'out must be a file that ends in .json, but is {out!r}.')
+    import os
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK): raise ValueError(f'out must lie in a folder that can be written to, but {str(path.parent)!r} is none.')
     if not path.exists(): return path
     try: before = json.loads(path.read_text())['command']
     except (ValueError, KeyError, TypeError, OSError): before = ''
@@ -491,7 +494,7 @@ def bench_command(
     defaults = {k: p.default for k, p in inspect.signature(distill_nb_bench).parameters.items()}
     return ' '.join(['distill_nb_bench'] + [f'--{k} {shlex.quote(str(v))}' for k, v in options.items() if v != defaults[k]])
 
-# %% ../nbs/bench.ipynb #3a76e0f2
+# %% ../nbs/bench.ipynb #b9d068ae
 def distill_nb_bench(
     pair:str='cifar', # cifar (resnet56 -> resnet20), large (ResNet-50 -> ResNet-18 at 224) or digits
     steps:int=20, # Steps of each contender that are timed
@@ -515,6 +518,6 @@ def distill_nb_bench(
     result |= measure_steps(work, pair, steps)
     result['to_accuracy'] = race(work, splits.valid, to_accuracy) if to_accuracy else []
     result['seconds'] = time.perf_counter() - begin
-    if where: write_atomic(where, (json.dumps(result, indent=1) + '\n').encode())
     print(bench_text(result))
+    if where: write_atomic(where, (json.dumps(result, indent=1) + '\n').encode())
     return result

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAD', 'Form', 'checksum', 'make_file', 'reserve', 'read_head', 'map_file', 'Answers', 'CachedTeacher']
 
-# %% ../nbs/06_cache.ipynb #97d43a8d
+# %% ../nbs/06_cache.ipynb #f13b31ff
 import hashlib, json, math, os, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .data import Batch, mix
 from .models import human
-from .training import Frozen, best_precision, check_classes, fit_device, image_order
+from .training import PRECISIONS, Frozen, best_precision, check_classes, describe, fit_device, image_order
 
-# %% ../nbs/06_cache.ipynb #6ef8983c
+# %% ../nbs/06_cache.ipynb #0e90b47e
 @dataclass(frozen=True)
 class Form:
     "What is kept of an answer: all its logits, or the `top` largest and what the others weigh together."
@@ -30,8 +30,8 @@ class Form:
 
     def __post_init__(self):
         if self.dtype not in ('float16', 'bfloat16', 'float32'): raise ValueError(f"dtype must be 'float16', 'bfloat16' or 'float32', but is {self.dtype!r}.")
-        if self.top is not None and not 1 <= self.top < self.classes: raise ValueError(f'top must be from 1 to {self.classes - 1}, one less than there are classes, or None, but is {self.top!r}.')
-        if not 0 < self.temperature < math.inf: raise ValueError(f'temperature must be a finite number greater than 0, but is {self.temperature!r}.')
+        if self.top is not None and not (isinstance(self.top, int) and not isinstance(self.top, bool) and 1 <= self.top < self.classes): raise ValueError(f'top must be from 1 to {self.classes - 1}, one less than there are classes, or None, but is {self.top!r}.')
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf): raise ValueError(f'temperature must be a finite number greater than 0, but is {self.temperature!r}.')
 
     @property
     def words(self):
@@ -75,7 +75,7 @@ def checksum(
     total = (((records.long() & 0xffff) + 1)*weights).sum(1)
     return (mix(total, rows) % (2**31 - 1) + 1).int()[:, None].view(torch.int16)
 
-# %% ../nbs/06_cache.ipynb #3d2e506d
+# %% ../nbs/06_cache.ipynb #623b507a
 HEAD = 4096  # bytes of text before the records
 
 def make_file(
@@ -84,11 +84,13 @@ def make_file(
 ):
     "Make a file of answers without any; if another process is faster, leave its file."
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    beside = path.with_name(f'.{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp')
     try:
         beside.write_bytes(head)
         try: os.link(beside, path)
         except FileExistsError: pass
+        except OSError:  # a file system without links
+            if not path.exists(): os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)
 
 def reserve(
@@ -104,7 +106,7 @@ def reserve(
         if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
         else: f.truncate(size)
 
-# %% ../nbs/06_cache.ipynb #ae012048
+# %% ../nbs/06_cache.ipynb #e3a6e612
 def read_head(
     path:Path, # A file of answers
     about:dict, # What it must have been made from
@@ -132,12 +134,12 @@ def map_file(
     except OSError as e:
         warnings.warn(f'The answers cannot be kept in {str(path)!r} ({e.strerror or e}): new ones are kept in memory only.', stacklevel=2)
     table = torch.zeros(shape, dtype=torch.int16)
-    if path.is_file():
-        there = torch.from_numpy(np.fromfile(path, np.int16, offset=HEAD))[:table.numel()]
-        table.view(-1)[:len(there)] = there
+    try: there = torch.from_numpy(np.fromfile(path, np.int16, offset=HEAD))[:table.numel()]
+    except OSError: return table
+    table.view(-1)[:len(there)] = there
     return table
 
-# %% ../nbs/06_cache.ipynb #77c1065e
+# %% ../nbs/06_cache.ipynb #e2191084
 class Answers:
     "A teacher's answers by row, in memory or in a file."
     def __init__(self,
@@ -149,7 +151,7 @@ class Answers:
         self.form, self.shared, shape = form, path is not None, (rows, form.words + 2)
         self.store = map_file(path, about, shape) if self.shared else torch.zeros(shape, dtype=torch.int16)
         self.table, self.known, self.left = self.store, torch.zeros(rows, dtype=torch.bool), rows
-        damaged = sum(self.look(some) for some in torch.arange(rows).split(2**20)) if self.shared else 0
+        damaged = sum(self.look(some) for some in torch.arange(rows).split(max(1, 2**23//form.words))) if self.shared else 0
         if damaged: warnings.warn(f'{str(path)!r} is damaged in {damaged:,} of its answers: the teacher will be asked again.', stacklevel=2)
 
     def to(self,
@@ -159,7 +161,7 @@ class Answers:
         if self.table.device != device: self.table, self.known = self.store.to(device), self.known.to(device)
         return self
 
-# %% ../nbs/06_cache.ipynb #05e5d882
+# %% ../nbs/06_cache.ipynb #ef23eaa7
 @patch
 def look(self:Answers,
     rows:Tensor, # Rows that may have been written before, or by another process, shape (B,)
@@ -178,8 +180,9 @@ def _note(self:Answers, rows, records):
     "These rows are known now, and hold these records."
     new = rows.unique().to(self.table.device)
     if self.table is not self.store: self.table[rows.to(self.table.device)] = records.to(self.table.device)
-    self.left -= int((~self.known[new]).sum())
-    self.known[new] = True
+    fresh = int((~self.known[new]).sum())
+    self.known[new] = True  # before the count: whoever is interrupted in between asks too often, never too seldom
+    self.left -= fresh
 
 # %% ../nbs/06_cache.ipynb #a2e2fae9
 @patch
@@ -208,7 +211,7 @@ def read(self:Answers,
     "The answers of these rows."
     return self.form.unpack(self.table[rows][:, :-2])
 
-# %% ../nbs/06_cache.ipynb #62457cf8
+# %% ../nbs/06_cache.ipynb #b74520b0
 class CachedTeacher(Frozen):
     "A teacher that is asked once for each view of each image, and quotes itself from then on."
     def __init__(self,
@@ -224,10 +227,13 @@ class CachedTeacher(Frozen):
         self.data = data if views is None else data.replace(views=views)
         check_classes(self.model, self.data, 'the teacher')
         self.form = Form(len(data.classes), dtype, top, temperature)
-        self._path, self._tables, self._count = None if path is None else Path(path), {}, {'asked': 0, 'answered': 0}
+        self._path, self._tables, self._weights, self._count = None if path is None else Path(path).expanduser().absolute(), {}, None, {'asked': 0, 'answered': 0}
+        self._promised = False  # has `check` seen that only known images and views will be asked for?
         self._check_room()
 
-# %% ../nbs/06_cache.ipynb #26358a88
+    def __getstate__(self): return super().__getstate__() | {'_tables': {}}  # a copy opens the file anew
+
+# %% ../nbs/06_cache.ipynb #6fdc075b
 @patch(as_prop=True)
 def rows(self:CachedTeacher):
     "How many questions there are."
@@ -249,25 +255,48 @@ def _check_room(self:CachedTeacher):
     import shutil
     from distill_nb.data import _free_bytes
     if self._path is not None and self._path.exists() and not self._path.is_dir(): raise ValueError(f'path must be a folder, but {str(self._path)!r} is a file.')
-    place = next((p for p in (self._path.absolute(), *self._path.absolute().parents) if p.exists()), None) if self._path is not None else None
-    free = _free_bytes() if place is None else max(_free_bytes(), shutil.disk_usage(place).free)
+    place = next((p for p in (self._path, *self._path.parents) if p.exists()), None) if self._path is not None else None
+    there = sum(f.stat().st_size for f in self._path.glob('*.answers')) if place and place == self._path else 0
+    free = _free_bytes() if place is None else max(_free_bytes(), shutil.disk_usage(place).free + there)
     if self.nbytes > free:
         raise ValueError(f'the answers for {len(self.data):,} images in {self.data.n_views:,} views need {human(self.nbytes)}B, but {human(free)}B are free: limit them with views=V, or with top=K for many classes.')
 
-# %% ../nbs/06_cache.ipynb #3ca4f7d9
+# %% ../nbs/06_cache.ipynb #70e5134e
 @patch
-def _table(self:CachedTeacher, device):
-    "The answers in the precision of the moment, on `device`."
-    kinds = [k for k in ('cuda', 'cpu', 'xpu', 'mps') if torch.is_autocast_enabled(k)]
-    dtype = torch.get_autocast_dtype(kinds[0]) if kinds else next((p.dtype for p in self.model.parameters()), torch.float32)
-    if dtype not in self._tables:
-        about = {'format': 1, 'teacher': self.fingerprint(), 'data': self.data.fingerprint(labels=False), 'images': len(self.data),
-                 'precision': str(dtype).removeprefix('torch.'), 'form': asdict(self.form)}
-        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16] + '.answers'
-        self._tables[dtype] = Answers(self.rows, self.form, None if self._path is None else self._path/name, about)
-    return self._tables[dtype].to(device)
+def _table(self:CachedTeacher, device, kinds):
+    "The answers in the precision of the moment, on `device`; `kinds`: device types whose autocast counts."
+    self._watch()
+    on = [k for k in kinds if torch.is_autocast_enabled(k)]
+    dtype = torch.get_autocast_dtype(on[0]) if on else next((p.dtype for p in self.model.parameters()), torch.float32)
+    with torch.inference_mode(False):  # a table must outlive the mode in which it is made
+        if dtype not in self._tables: self._tables[dtype] = self._open(str(dtype).removeprefix('torch.'))
+        return self._tables[dtype].to(device)
 
-# %% ../nbs/06_cache.ipynb #9af77b99
+@patch
+def _open(self:CachedTeacher, precision):
+    "The answers in a precision: from the file, or none yet."
+    form = {k: v for k, v in asdict(self.form).items() if k != 'temperature' or self.form.top}
+    about = {'format': 1, 'teacher': self.fingerprint(), 'data': self.data.fingerprint(labels=False), 'images': len(self.data), 'precision': precision, 'form': form}
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16] + '.answers'
+    return Answers(self.rows, self.form, None if self._path is None else self._path/name, about)
+
+# %% ../nbs/06_cache.ipynb #8daee961
+@patch
+def fingerprint(self:CachedTeacher)->str:
+    "The fingerprint of the teacher's weights, structure and settings."
+    return f'{Frozen.fingerprint(self)}-{describe(self.model)}'
+
+@patch
+def _watch(self:CachedTeacher):
+    "Forget the tables if the teacher has changed."
+    tensors = [*self.model.parameters(), *self.model.buffers()]
+    marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    if self._weights and self._weights[0] == marks: return
+    name = self.fingerprint()
+    if self._weights and self._weights[1] != name: self._tables = {}
+    self._weights = marks, name
+
+# %% ../nbs/06_cache.ipynb #34396886
 @patch
 @torch.compiler.disable
 @torch.no_grad()
@@ -275,11 +304,12 @@ def forward(self:CachedTeacher,
     batch:Batch, # Of `data`
 )->Tensor: # Logits in float32, shape (B, C)
     "The teacher's answers: kept ones where there are any, and the teacher's own for the rest."
-    table, number = self._table(batch.x.device), self.data.view_number(batch.index, batch.view)
+    table, number = self._table(batch.x.device, [batch.x.device.type]), self.data.view_number(batch.index, batch.view)
     rows = number*len(self.data) + batch.index
     self._count['answered'] += len(rows)
-    if not table.left: return table.read(rows)
-    outside = number >= self.data.n_views
+    if not table.left and self._promised and batch.x.device.type != 'cpu': return table.read(rows)  # without waiting for the device
+    outside = (number >= self.data.n_views) | (batch.index < 0) | (batch.index >= len(self.data))
+    if not table.left and not outside.any(): return table.read(rows)
     rows = rows.where(~outside, 0)
     ask = table.missing(rows) | outside
     out = table.read(rows)
@@ -310,7 +340,7 @@ def answered(self:CachedTeacher):
     "How many answers were given so far."
     return self._count['answered']
 
-# %% ../nbs/06_cache.ipynb #53e03147
+# %% ../nbs/06_cache.ipynb #064f1dbd
 @patch
 def check(self:CachedTeacher,
     data, # The training set
@@ -320,9 +350,10 @@ def check(self:CachedTeacher,
         raise ValueError(f'the cached teacher answers for {self.data!r}, but the training set holds other images or views: {data!r}. Make a CachedTeacher for it.')
     if data.n_views > self.data.n_views:
         raise ValueError(f'the cached teacher keeps {self.data.n_views} views of each image, but the training set shows {data.n_views}: train on its own data, `.data`, or on data.replace(views={self.data.n_views}).')
-    self._table(data.device)
+    self._table(data.device, ('cuda', 'cpu', 'xpu', 'mps'))
+    self._promised = True
 
-# %% ../nbs/06_cache.ipynb #410b96f5
+# %% ../nbs/06_cache.ipynb #9de03079
 @patch
 def fill(self:CachedTeacher,
     batch_size:int=256, # Images that are asked about at a time
@@ -333,6 +364,8 @@ def fill(self:CachedTeacher,
     "Ask the teacher for everything that is still missing."
     from tqdm.auto import tqdm
     device = fit_device(device)
+    if precision not in PRECISIONS: raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, but is {precision!r}.")
+    if not isinstance(batch_size, int) or batch_size < 1: raise ValueError(f'batch_size must be a whole number of at least 1, but is {batch_size!r}.')
     precision = best_precision(device) if precision == 'auto' else precision
     order = image_order(precision != 'float32', device)
     self.to(device).model.to(memory_format=order)
@@ -343,7 +376,7 @@ def fill(self:CachedTeacher,
 @patch
 def _open_questions(self:CachedTeacher, batch_size, device, bar):
     "Yield (index, view) of all batches in which something is missing."
-    table, index = self._table(device), torch.arange(len(self.data), device=device)
+    table, index = self._table(device, [device.type]), torch.arange(len(self.data), device=device)
     for number in range(self.data.n_views):
         for some in index.split(batch_size):
             if table.left and table.missing(number*len(index) + some).any(): yield some, self.data.view_at(some, torch.full_like(some, number))

@@ -10,8 +10,8 @@ __all__ = ['PRESETS', 'IMAGENET', 'MOST', 'COLUMNS', 'Preset', 'preset', 'free_f
            'make_report', 'write_run', 'distill_nb', 'command_line', 'describe_answers', 'run_job', 'run_command',
            'main', 'main_bench']
 
-# %% ../nbs/cli.ipynb #80d5db8e
-import base64, html, json, math, shutil, sys, time, warnings
+# %% ../nbs/cli.ipynb #9f847b43
+import base64, copy, html, json, math, shutil, sys, time, warnings
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -157,7 +157,7 @@ def chosen_methods(
     if wrong or len(set(words)) < len(words): raise ValueError(f"method must be one of {', '.join(METHODS)}, or a list of different ones, but is {method!r}.")
     return tuple(words)
 
-# %% ../nbs/cli.ipynb #e5d2c263
+# %% ../nbs/cli.ipynb #cbc85878
 MOST = 2e9  # bytes that the answers of all views may take before `auto` asks a live teacher instead
 
 def answering(
@@ -167,8 +167,8 @@ def answering(
     "How the teacher answers each distilled student."
     words, n = [w.strip() for w in cache.split(',')], train.augment.n
     if words == ['auto']: words = ['all' if 2 * len(train) * n * (len(train.classes) + 2) <= MOST else 'live']
-    wrong = [w for w in words if w not in ('live', 'all') and not (w.isdecimal() and 1 <= int(w) <= n)]
-    if wrong or len(set(words)) < len(words): raise ValueError(f'cache must be auto, or a list of different words among live, all and a number of views from 1 to {n:,}, but is {cache!r}.')
+    wrong = [w for w in words if w not in ('live', 'all') and not (w.isascii() and w.isdecimal() and 1 <= int(w) <= n)]
+    if wrong or len({n if w == 'all' else w if w == 'live' else int(w) for w in words}) < len(words): raise ValueError(f'cache must be auto, or a list of different words among live, all and a number of views from 1 to {n:,}, but is {cache!r}.')
     modes = {w: 'live' if w == 'live' else n if w == 'all' else int(w) for w in words}
     return {'distilled' if len(words) == 1 else f'distilled_{w}': mode for w, mode in modes.items()}
 
@@ -198,7 +198,7 @@ def make_settings(
 def _whole(name, value, least):
     if value < least: raise ValueError(f'{name} must be a whole number of at least {least}, but is {value}.')
 
-# %% ../nbs/cli.ipynb #7c66c738
+# %% ../nbs/cli.ipynb #8bca0cae
 def prepare(
     o:dict, # The options of the command by name
     folder:Path, # Where the run goes
@@ -217,10 +217,10 @@ def prepare(
     options = {k: v for k, v in o.items() if k not in ('out', 'resume', 'root', 'device', 'compile')}
     check_folder(folder, options, o['resume'])
     data = load_data(o['data'], o['root'], o['size'], **({'skip_damaged': True} if o['skip_damaged'] else {}))
-    return _job(o, data, options, recipe_options, device)
+    return _job(o, folder, data, options, recipe_options, device)
 
-# %% ../nbs/cli.ipynb #9d0f879c
-def _job(o, data, options, recipe_options, device):
+# %% ../nbs/cli.ipynb #f5dcedb7
+def _job(o, folder, data, options, recipe_options, device):
     "The second half of `prepare`: what needs the data."
     p, train = preset(o['data'], data.train.size), data.train
     if o['batch_size'] and o['batch_size'] > len(train): raise ValueError(f"batch_size must be at most the number of training images, {len(train)}, but is {o['batch_size']}.")
@@ -235,6 +235,11 @@ def _job(o, data, options, recipe_options, device):
     if trained: check_teacher(teacher, data.valid)
     methods, answers = chosen_methods(o['method']), answering(o['cache'], data.train)
     if methods != ('kd',) and len(answers) > 1: raise ValueError(f"cache must be a single word where methods are compared, but is {o['cache']!r}.")
+    for which, mode in answers.items():
+        try: CachedTeacher(copy.deepcopy(teacher), data.train.replace(views=None if mode == data.train.augment.n else mode), folder/'work'/'answers') if mode != 'live' else None
+        except ValueError:
+            if o['cache'] != 'auto': raise
+            answers[which] = 'live'  # no room
     return Job(data, teacher, trained, student, teaching, replace(p.learning, **recipe_options), methods, make_settings(data.train, o['labels']), answers, options, o['compile'], device)
 
 # %% ../nbs/cli.ipynb #71101307
@@ -331,14 +336,14 @@ def show_setting(
     "A method's setting in a line: T=4, alpha=0.9."
     return ', '.join(f"{'T' if k == 'temperature' else k.replace('_', ' ')}={v:g}" for k, v in setting.items())
 
-# %% ../nbs/cli.ipynb #b40ebe8c
+# %% ../nbs/cli.ipynb #6bab54b0
 def verdicts(rows:list)->list: # Sentences
     "What the paired differences say, setting by setting."
     out = []
     for r in rows:
         if 'difference' not in r: continue
         which, ci = r['model'].removeprefix('distilled').strip('_'), r['difference_ci95']
-        where = r['setting'].replace('_', ' ') + (f', {which} views' if which.isdecimal() or which == 'all' else ', live teacher' if which == 'live' else f', {which}' if which else '')
+        where = r['setting'].replace('_', ' ') + (f", {which} view{'s' * (which != '1')}" if which.isdecimal() or which == 'all' else ', live teacher' if which == 'live' else f', {which}' if which else '')
         if ci is None: said = 'one seed only, so nothing can be said about chance'
         elif ci[0] > 0: said = 'distillation helped: the 95 % interval of the paired difference lies above zero'
         elif ci[1] < 0: said = 'distillation hurt: the 95 % interval of the paired difference lies below zero'

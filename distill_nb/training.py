@@ -24,7 +24,7 @@ from .data import Batch, epoch_order, mix
 from .losses import UNLABELLED, hard_loss
 from .models import fingerprint, read_weights, write_atomic
 
-# %% ../nbs/04_training.ipynb #73be39cc
+# %% ../nbs/04_training.ipynb #9ad4234d
 class Frozen(nn.Module):
     "A teacher: no gradients, always in eval mode, and invisible to the module that holds it."
     def __init__(self,
@@ -42,8 +42,7 @@ class Frozen(nn.Module):
         return fingerprint(self.model.state_dict())
 
     def check(self, data):
-        "Raise a `ValueError` if this teacher can't answer for `data`."
-        check_classes(self.model, data, 'the teacher')
+        "Raise a `ValueError` if this teacher can't answer for `data`; a live one can be asked about anything."
 
     def forward(self, batch:Batch)->Tensor: # Logits, shape (B, C)
         "The teacher's logits for a batch."
@@ -364,7 +363,7 @@ def environment(
     gpu = f', {torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
     return {'hardware': f'{cpu}, {torch.get_num_threads()} threads{gpu}', 'software': f'Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}'}
 
-# %% ../nbs/04_training.ipynb #aa798c64
+# %% ../nbs/04_training.ipynb #e8ccad58
 class DivergedError(ValueError):
     "A loss became NaN or infinite."
 
@@ -377,6 +376,8 @@ class _Run:
         self.accelerator = _accelerator(recipe, device)
         with self.accelerator.autocast():  # in the precision of the training, which decides what a teacher answers
             if hasattr(objective, 'check'): objective.check(data, valid)
+            for m in objective.modules():
+                if isinstance(m, Frozen): m.check(data)
         self.total = recipe.total_steps(len(data))
         self.path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
         self.made_from = {'recipe': asdict(recipe), 'data': data.fingerprint(), 'objective': describe(objective),

@@ -13,7 +13,7 @@ from distill_nb.cache import HEAD, CachedTeacher, Form, checksum
 from distill_nb.data import CropFlip, ResizedCrop, digits, image_folder
 from distill_nb.logits import Distill
 from distill_nb.models import digit_student, fingerprint
-from distill_nb.training import Frozen, Recipe, Supervised, fit, plan
+from distill_nb.training import Frozen, Objective, Recipe, Supervised, fit, plan
 
 
 def make_data(n=60, pad=1, **kw):
@@ -182,6 +182,80 @@ def test_a_frozen_or_cached_teacher_can_be_given_instead_of_the_model():
     assert CachedTeacher(CachedTeacher(Frozen(teacher), data), data).model is teacher
 
 
+def test_a_teacher_that_changes_is_asked_again_and_not_mixed_with_what_it_was(tmp_path):
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, tmp_path, dtype='float32')
+    assert wrong(cached, teacher, data) == 0
+    teacher.load_state_dict(make_teacher(1).state_dict())
+    assert wrong(cached, teacher, data) == 0 and cached.asked == 1080
+    with torch.no_grad(): teacher.fc.bias[0] += 1
+    assert wrong(cached, teacher, data) == 0
+    old = CachedTeacher(make_teacher(), data, tmp_path, dtype='float32')
+    assert wrong(old, make_teacher(), data) == 0 and old.asked == 0
+
+
+def test_the_same_weights_in_another_structure_are_another_teacher(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self, model, k):
+            super().__init__()
+            self.model, self.k = model, k
+        def forward(self, x): return self.model(x)*self.k
+    data = make_data()
+    def gelu():
+        teacher = make_teacher()
+        for layer in (teacher.layer1, teacher.layer2): layer[2] = nn.GELU()
+        return teacher
+    for teacher in (make_teacher(), gelu(), Scaled(make_teacher(), 1.), Scaled(make_teacher(), 2.)):
+        assert wrong(CachedTeacher(teacher, data, tmp_path, dtype='float32'), teacher, data) == 0
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize('index', [-1, 60, 1000])
+def test_an_index_that_is_none_is_never_kept(index):
+    data, teacher = make_data(), make_teacher()
+    cached, live = CachedTeacher(teacher, data, dtype='float32'), Frozen(teacher)
+    odd = data.get(torch.arange(5))._replace(index=torch.full((5,), index))
+    assert torch.equal(cached(odd), live(odd)) and wrong(cached, teacher, data) == 0 and cached.asked == 545
+    assert torch.equal(cached(odd), live(odd))
+
+
+def test_a_full_cache_answers_other_views_live_as_well():
+    teacher, train, valid = trained()
+    cached = CachedTeacher(teacher, train, views=2).fill(precision='float32')
+    batch = train.get(torch.arange(50))
+    torch.testing.assert_close(cached(batch), Frozen(teacher)(batch), rtol=2e-3, atol=1e-4)
+    fit(Distill(digit_student(), cached), cached.data, Recipe(steps=3, batch_size=64, augment=False, precision='float32'), valid)
+
+
+def test_answers_that_were_asked_for_in_inference_mode_serve_training():
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data)
+    with torch.inference_mode(): cached(data.get(torch.arange(10)))
+    assert wrong(cached, teacher, data) < 0.01
+    (cached(data.get(torch.arange(10))) * torch.ones(10, requires_grad=True)).sum().backward()
+
+
+def test_copies_share_the_file(tmp_path):
+    import pickle
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, tmp_path, dtype='float32')
+    cached(data.get(torch.arange(10)))
+    for copied in (copy.deepcopy(cached), pickle.loads(pickle.dumps(cached))):
+        copied.fill(precision='float32')
+        again = CachedTeacher(teacher, data, tmp_path, dtype='float32')
+        assert wrong(again, teacher, data) < 1e-5 and again.asked == 0
+
+
+def test_an_objective_without_a_check_of_its_own_is_checked_all_the_same():
+    teacher, train, valid = trained()
+    class Plain(Objective):
+        def __init__(self, model, teacher):
+            super().__init__(model)
+            self.teacher = teacher
+        def forward(self, batch): return {'soft': (self.model(batch.x) - self.teacher(batch)).square().mean()}
+    with pytest.raises(ValueError, match='other images'): fit(Plain(digit_student(), CachedTeacher(teacher, train)), valid, Recipe(steps=1, batch_size=10))
+
+
 # --- training
 
 def test_the_fast_loop_takes_the_steps_of_the_naive_one():
@@ -326,6 +400,13 @@ def test_two_processes_that_fill_at_once_lose_nothing(tmp_path):
     assert wrong(cached, make_teacher(), make_data()) < 1e-5 and cached.asked == 0 and len(list(tmp_path.iterdir())) == 1
 
 
+def test_whoever_makes_the_file_second_uses_that_of_the_first(tmp_path):
+    cache.make_file(tmp_path/'x', b'first')
+    first = (tmp_path/'x').stat().st_ino
+    cache.make_file(tmp_path/'x', b'second')
+    assert (tmp_path/'x').stat().st_ino == first and (tmp_path/'x').read_bytes() == b'first' and [p.name for p in tmp_path.iterdir()] == ['x']
+
+
 def test_one_process_uses_what_another_wrote_meanwhile(tmp_path):
     data, teacher = make_data(), make_teacher()
     early = CachedTeacher(teacher, data, tmp_path)
@@ -435,9 +516,14 @@ def test_too_many_views_are_refused_with_advice():
     assert wrong(cached, make_teacher(), cached.data) < 0.01 and cached.asked == 180
 
 
-@pytest.mark.parametrize('kw,said', [(dict(dtype='int8'), 'dtype'), (dict(top=10), 'top'), (dict(top=0), 'top'), (dict(temperature=0.), 'temperature'), (dict(views=0), 'views'), (dict(views=10), 'views')])
+@pytest.mark.parametrize('kw,said', [(dict(dtype='int8'), 'dtype'), (dict(top=2.5), 'top'), (dict(top='3'), 'top'), (dict(temperature='4'), 'temperature'), (dict(top=10), 'top'), (dict(top=0), 'top'), (dict(temperature=0.), 'temperature'), (dict(views=0), 'views'), (dict(views=10), 'views')])
 def test_bad_arguments_are_named(kw, said):
     with pytest.raises(ValueError, match=said): CachedTeacher(make_teacher(), make_data(), **kw)
+
+
+@pytest.mark.parametrize('kw,said', [(dict(precision='int8'), 'precision'), (dict(batch_size=0), 'batch_size'), (dict(batch_size=2.5), 'batch_size')])
+def test_fill_names_bad_arguments(kw, said):
+    with pytest.raises(ValueError, match=said): CachedTeacher(make_teacher(), make_data()).fill(**kw)
 
 
 def test_a_path_that_is_a_file_and_a_teacher_of_other_classes(tmp_path):
