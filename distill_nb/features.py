@@ -182,7 +182,7 @@ class Term(nn.Module):
 
     def extra_repr(self): return f'{self.student_layers} ~ {self.teacher_layers}'
 
-# %% ../nbs/07_features.ipynb #a8fc17ce
+# %% ../nbs/07_features.ipynb #60731248
 class Hint(Term):
     "FitNets: an adapter that is trained along translates the student's layer into the teacher's."
     def __init__(self,
@@ -195,19 +195,22 @@ class Hint(Term):
         self.reduction, self.adapter = reduction, None
         self._seed = torch.randint(2**31, ()).item()
 
-    def prepare(self, student_features, teacher_features):
-        "Make the adapter, or check that the present one fits."
-        with torch.random.fork_rng(devices=[]):
-            seed_noise(self._seed, torch.device('cpu'))
-            made = Adapter(student_features[0], teacher_features[0]).to(student_features[0].device)
-        if self.adapter is None: self.adapter = made
-        elif repr(made) + str(made.size) != repr(self.adapter) + str(self.adapter.size):
-            raise ValueError(f'the adapter was made for other features: it is {self.adapter.conv}, and {made.conv} is needed.')
+# %% ../nbs/07_features.ipynb #6acac3aa
+@patch
+def prepare(self:Hint, student_features, teacher_features):
+    "Make the adapter, or check that the present one fits."
+    with torch.random.fork_rng(devices=[]):
+        seed_noise(self._seed, torch.device('cpu'))
+        made = Adapter(student_features[0], teacher_features[0]).to(student_features[0].device)
+    if self.adapter is None: self.adapter = made
+    elif repr(made) + str(made.size) != repr(self.adapter) + str(self.adapter.size):
+        raise ValueError(f'the adapter was made for other features: it is {self.adapter.conv}, and {made.conv} is needed.')
 
-    def forward(self, student_features, teacher_features):
-        "The loss behind the adapter."
-        if self.adapter is None: raise ValueError('the hint has no adapter yet: `fit` makes it, and so does prepare(images) of the objective.')
-        return hint_loss(self.adapter(student_features[0]), as_map(teacher_features[0]), self.reduction)
+@patch
+def forward(self:Hint, student_features, teacher_features):
+    "The loss behind the adapter."
+    if self.adapter is None: raise ValueError('the hint has no adapter yet: `fit` makes it, and so does prepare(images) of the objective.')
+    return hint_loss(self.adapter(student_features[0]), as_map(teacher_features[0]), self.reduction)
 
 # %% ../nbs/07_features.ipynb #ce3b092a
 def attention_map(
@@ -253,15 +256,16 @@ class AttentionTransfer(Term):
         "The sum over the pairs."
         return sum(attention_loss(s, t, self.reduction) for s, t in zip(student_features, teacher_features))
 
-# %% ../nbs/07_features.ipynb #008886c4
+# %% ../nbs/07_features.ipynb #78392c48
+def _scaled(x):
+    "Divided by its largest number."
+    largest = x.abs().amax().detach()
+    return x / largest.masked_fill(largest < 1e-30, math.inf)
+
 def _points(features):
     "Features as rows, (B, ...) -> (B, D), moved and scaled so that their largest number is 1, which changes no relation."
-    x = upcast(features).flatten(1)
-    for shift in (0, 1):                                   # scaled, so that the mean can not overflow; then centred and scaled
-        if shift: x = x - x.mean(0).detach()
-        largest = x.abs().amax().detach()
-        x = x / largest.masked_fill(largest < 1e-30, math.inf)
-    return x
+    x = _scaled(upcast(features).flatten(1))               # scaled first, so that the mean can not overflow
+    return _scaled(x - x.mean(0).detach())
 
 def _check_batches(student_features, teacher_features):
     if min(student_features.ndim, teacher_features.ndim) < 1 or len(student_features) != len(teacher_features):
@@ -322,7 +326,7 @@ class Relational(Term):
 def _check_weight(name, weight):
     if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf: raise ValueError(f'{name} must be a finite number of at least 0, but is {weight!r}.')
 
-# %% ../nbs/07_features.ipynb #d7acd10b
+# %% ../nbs/07_features.ipynb #789ee8a8
 class FeatureDistill(Distill):
     "Logit matching with terms that compare layers: (1−α)·CE + α·T²·KL + Σ weight·term, from one forward of student and teacher."
     def __init__(self,
@@ -338,12 +342,16 @@ class FeatureDistill(Distill):
         _check_terms(terms)
         self.terms = nn.ModuleDict({name: copy.deepcopy(term) for name, (term, _) in terms.items()})
         self.weights = tuple(weight for _, weight in terms.values())
-        for side, model in (('student', self.model), ('teacher', self.teacher.model)):
-            names = dict.fromkeys(n for t in self.terms.values() for n in getattr(t, f'{side}_layers'))
-            try: setattr(self, f'{side}_layers', tuple(find_layers(model, names)))
-            except ValueError as e: raise ValueError(f'the {side}: {e}') from None
+        self.student_layers = _layers(self.terms, 'student', self.model)
+        self.teacher_layers = _layers(self.terms, 'teacher', self.teacher.model)
 
-# %% ../nbs/07_features.ipynb #04b8fee9
+# %% ../nbs/07_features.ipynb #8e8fb9ca
+def _layers(terms, side, model):
+    "The layers that the terms name on one side, each once; an unknown one is an error that says on which side."
+    names = dict.fromkeys(n for t in terms.values() for n in getattr(t, f'{side}_layers'))
+    try: return tuple(find_layers(model, names))
+    except ValueError as e: raise ValueError(f'the {side}: {e}') from None
+
 def _check_terms(terms):
     "Refuse terms that are not {name: (term, weight)}, or names that can not stand in a history."
     if not isinstance(terms, dict): raise ValueError(f'terms must be a dict {{name: (term, weight)}}, but is a {type(terms).__name__}.')
@@ -370,17 +378,19 @@ def forward(self:FeatureDistill, batch:Batch)->dict:
     def of(term): return [_tensor(student, n) for n in term.student_layers], [_tensor(teacher, n) for n in term.teacher_layers]
     return parts | {name: weight * term(*of(term)) for (name, term), weight in zip(self.terms.items(), self.weights)}
 
-# %% ../nbs/07_features.ipynb #c622bdac
+# %% ../nbs/07_features.ipynb #1796d9b4
+def _dry_run(model, names, x):
+    "What the named layers give for `x`."
+    device = next((t.device for t in model.state_dict().values()), x.device)
+    with evaluating(model), tap(model, names) as features: model(x.to(device))
+    return features
+
 @patch
 def prepare(self:FeatureDistill,
     x:Tensor, # Images, shape (B, channels, H, W); two will do
 ):
     "Make the adapters and try every term, by a dry run; `fit` does it. Raises a `ValueError` where a layer or a shape does not fit."
-    def run(model, names):
-        device = next((t.device for t in model.state_dict().values()), x.device)
-        with evaluating(model), tap(model, names) as features: model(x.to(device))
-        return features
-    student, teacher = run(self.model, self.student_layers), run(self.teacher.model, self.teacher_layers)
+    student, teacher = _dry_run(self.model, self.student_layers, x), _dry_run(self.teacher.model, self.teacher_layers, x)
     for name, term in self.terms.items():
         own = [_tensor(student, n) for n in term.student_layers]
         pair = own, [_tensor(teacher, n).to(own[0].device) for n in term.teacher_layers]
@@ -389,6 +399,7 @@ def prepare(self:FeatureDistill,
             with torch.no_grad(): term(*pair)
         except (ValueError, RuntimeError) as e: raise ValueError(f'the term {name!r} does not fit its layers: {str(e).splitlines()[0]}') from e
 
+# %% ../nbs/07_features.ipynb #7eb5e46a
 @patch
 def check(self:FeatureDistill, data, valid=None):
     "As `Distill`; then adapters and layers, by `prepare`."
@@ -456,7 +467,7 @@ def stage_pairs(
     n = min(len(s), len(t))
     return [tuple(found[math.ceil(i * len(found) / n) - 1] for found in (s, t)) for i in range(1, n + 1)]
 
-# %% ../nbs/07_features.ipynb #c00b2c1e
+# %% ../nbs/07_features.ipynb #80396c6b
 FEATURE_WEIGHTS = {'hint': 100., 'attention': 1000., 'relational': 1.}  # Tian et al. 2020, where relations have 25 and 50 inside
 
 def head_input(
@@ -467,6 +478,14 @@ def head_input(
     if not linear: raise ValueError(f'{type(model).__name__} has no linear layer as its head; name the layers in a `FeatureDistill`.')
     return f'{linear[-1]}:input'
 
+def _customary(name, student, teacher):
+    "The term of this name between its customary layers."
+    if name not in FEATURE_WEIGHTS: raise ValueError(f"name must be one of {', '.join(FEATURE_WEIGHTS)}, but is {name!r}.")
+    if name == 'relational': return Relational(head_input(student), head_input(teacher))
+    pairs = stage_pairs(student, teacher)
+    return Hint(*pairs[(len(pairs) - 1) // 2]) if name == 'hint' else AttentionTransfer(*zip(*pairs))
+
+# %% ../nbs/07_features.ipynb #817ceba1
 def feature_method(
     name:str, # 'hint', 'attention' or 'relational'
     student:nn.Module, # The model to train
@@ -477,27 +496,25 @@ def feature_method(
 )->FeatureDistill:
     "An objective for networks of stages and a linear head, without naming layers."
     teacher = teacher.model if isinstance(teacher, Frozen) else teacher
-    if name not in FEATURE_WEIGHTS: raise ValueError(f"name must be one of {', '.join(FEATURE_WEIGHTS)}, but is {name!r}.")
-    if name == 'relational': term = Relational(head_input(student), head_input(teacher))
-    else:
-        pairs = stage_pairs(student, teacher)
-        term = Hint(*pairs[(len(pairs) - 1) // 2]) if name == 'hint' else AttentionTransfer(*zip(*pairs))
+    term = _customary(name, student, teacher)
     return FeatureDistill(student, teacher, {name: (term, FEATURE_WEIGHTS[name] if weight is None else weight)}, temperature, alpha)
 
-# %% ../nbs/07_features.ipynb #a76c57b8
+# %% ../nbs/07_features.ipynb #588d560a
 @torch.no_grad()
 def plot_attention(
     models:dict, # {title: (network, name of a layer)}
     data, # An `ImageData`
     index:Tensor, # Positions of the images to show
 ): # The matplotlib figure
-    "Images in the first row, and below them where each network's layer responds."
+    "Images in the first row, and below them where each network's layer responds, on the coarsest of their grids, as in `attention_loss`."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1 + len(models), len(index), figsize=(0.75 * len(index) + 0.8, 0.75 * (1 + len(models))), squeeze=False, layout='constrained')
-    batch, rows = data.get(index, torch.zeros_like(index)), {'image': data.pixels(index).cpu().float().mean(1)}
+    batch, given = data.get(index), {}
     for title, (model, layer) in models.items():
         with evaluating(model), tap(model, layer) as features: model(batch.x)
-        rows[title] = attention_map(_tensor(features, layer)).cpu()
+        given[title] = _tensor(features, layer)
+    size = tuple(map(min, zip(*(attention_map(f).shape[1:] for f in given.values()))))
+    rows = {'image': data.pixels(index).cpu().float().mean(1)} | {title: attention_map(f, size).cpu() for title, f in given.items()}
     for axs, (title, maps) in zip(axes, rows.items()):
         axs[0].set_ylabel(title, rotation=0, ha='right', va='center')
         for ax, m in zip(axs, maps): ax.set(xticks=[], yticks=[]), ax.imshow(m, cmap='gray' if title == 'image' else 'viridis')

@@ -594,7 +594,12 @@ def test_similarity_and_pictures(teacher):
     assert matrix.shape == (2, 3) and layer_similarity(teacher, teacher, x, ['fc'], ['fc']).item() == pytest.approx(1)
     model.train()
     assert plot_similarity(matrix, ['layer1', 'fc'], ['layer1', 'layer4', 'fc']) is not None
-    assert len(plot_attention({'teacher': (teacher, 'layer2'), 'student': (model, 'layer1')}, data, torch.arange(4)).axes) == 12
+    shown = [ax.images[0].get_array() for ax in plot_attention({'teacher': (teacher, 'layer2'), 'student': (model, 'layer1')}, data, torch.arange(4)).axes]
+    assert [a.shape for a in shown] == 4 * [(8, 8)] + 8 * [(4, 4)]  # the pixels as they are, the maps on the coarsest grid
+    with pytest.raises(ValueError, match='height and width'): plot_attention({'teacher': (teacher, 'fc')}, data, torch.arange(4))
+    with torch.no_grad(), tap(model.eval(), 'layer1') as features: model(x[:4])
+    torch.testing.assert_close(torch.tensor(shown[8]), attention_map(features['layer1'], (4, 4))[0])
+    model.train()
     assert [m.training for m in model.modules()] == modes and hooks(model) == 0
 
 

@@ -12,7 +12,7 @@ from distill_nb.data import CropFlip, ImageData, mix
 from distill_nb.logits import Distill
 from distill_nb.losses import UNLABELLED
 from distill_nb.models import build_model, count_macs, digit_student, digit_teacher, fingerprint, resnet18, wrn_16_1
-from distill_nb.self_distillation import (BeYourOwnTeacher, EarlyExits, Ensemble, MovingAverage, SelfTeacher, born_again, exit_costs, exit_logits, feature_distance,
+from distill_nb.self_distillation import (BeYourOwnTeacher, EarlyExits, Ensemble, ExitHead, MovingAverage, SelfTeacher, born_again, exit_costs, exit_logits, feature_distance,
                                           generation_seed, measure_exits, other_view, plot_exits, repeat_labelled, run_until, sure_curve, sure_exit, view_loss)
 from distill_nb.training import Recipe, Supervised, evaluate, fit, predict, read_checkpoint
 
@@ -180,7 +180,7 @@ def test_exits_of_every_staged_network(name):
     for k, z in enumerate(exits.exits(x)):
         assert torch.equal(exits(x, k), z) and torch.equal(exits.at(k)(x), z) and torch.equal(exits(x, k - len(exits)), z) and z.shape == plain.shape
     features, _ = exits.every(x)
-    assert len({f.shape for f in features}) == 1 and torch.equal(model.get_submodule(exits.classifier)(features[-1]), plain)
+    assert len({f.shape for f in features}) == 1 and torch.equal(model.get_submodule(exits.deepest.removesuffix(':input'))(features[-1]), plain)
     assert hooks() == 0
 
 
@@ -207,11 +207,37 @@ def test_costs_are_those_of_stopping_and_add_up():
     sides, trunk = (4, 2, 1), 0
     for k, (cost, side) in enumerate(zip(costs, sides)):  # counted by hand, from the shapes
         trunk += conv_macs(model.get_submodule(f'layer{k + 1}')[0], side)
-        head = 0 if k == 2 else conv_macs(exits.heads[k].adapter[0], side) + 8 * CLASSES
+        head = 0 if k == 2 else 4 * (4, 6)[k] * 8 + 8 * CLASSES  # each weight once: the map is averaged before the adapter
         assert (cost['trunk'], cost['head']) == (trunk + (8 * CLASSES if k == 2 else 0), head)
         assert cost['macs'] == cost['trunk'] + cost['head'] == count_macs(exits.at(k).eval(), x)
         assert cost['path'] == cost['trunk'] + sum(c['head'] for c in costs[:k + 1])
     assert costs[-1]['macs'] == count_macs(model.eval(), x)
+
+
+def test_the_price_of_a_head_does_not_depend_on_the_size_of_the_map():
+    costs = [exit_costs(EarlyExits(digit_teacher(CLASSES), shape=(1, side, side)), (1, side, side)) for side in (8, 32)]
+    heads = [[c['head'] for c in cs] for cs in costs]
+    assert heads[0] == heads[1] == [4 * c * 128 + 128 * CLASSES for c in (32, 64, 128)] + [0] and costs[1][0]['trunk'] == 16 * costs[0][0]['trunk']
+
+
+@pytest.mark.parametrize('shape', [(5, 2, 4, 6), (5, 2, 3, 2), (5, 2, 1, 1), (5, 2)])
+def test_a_head_averages_to_2x2_adapts_normalises_and_classifies(shape):
+    torch.manual_seed(0)
+    head, x = ExitHead(shape, 6, CLASSES), torch.randn(shape)
+    (W, b), (V, c) = ([t.tolist() for t in l.parameters()] for l in (head.adapter[-3], head.fc))
+    def seen(image):
+        if len(shape) == 2: return image.tolist()
+        part = lambda i, n: slice(i * n // 2, -(-(i + 1) * n // 2))  # for odd sizes the halves share the middle
+        return [m[part(i, len(m)), part(j, len(m[0]))].double().mean().item() for m in image for i in (0, 1) for j in (0, 1)]
+    for row in range(5):
+        s = seen(x[row])
+        h = [sum(w * v for w, v in zip(ws, s)) + bias for ws, bias in zip(W, b)]
+        mean = sum(h) / 6
+        std = math.sqrt(sum((v - mean)**2 for v in h) / 6 + 1e-5)
+        f = [max((v - mean) / std, 0) for v in h]
+        z = [sum(w * v for w, v in zip(ws, f)) + bias for ws, bias in zip(V, c)]
+        for found, expected in zip(head(x), (f, z)): assert found[row].tolist() == pytest.approx(expected, abs=1e-4)
+        for alone, together in zip(head.train()(x[row:row + 1]), head(x)): assert torch.allclose(alone[0], together[row], atol=1e-6)  # no statistics of the batch
 
 
 @pytest.mark.parametrize('name', ['resnet20', 'resnet18', 'digit_teacher'])
@@ -255,17 +281,24 @@ class Odd(nn.Module):
         return self.late(self.fc(x.mean((2, 3))))
 
 
-@pytest.mark.parametrize('layers,said', [(['layer_2'], r"there is no 'layer_2'; the nearest names are .*layer2"), ([], 'at least 1 layer, so that with the deepest there are 2 exits'),
-                                         (['layer1', 'layer1'], 'without repetition'), ('layer1', 'list of names'), (['fc'], 'before the classifier'), (['flatten', 'nothing'], "no 'nothing'")])
+@pytest.mark.parametrize('layers,said', [(['layer_2'], r"no layer 'layer_2'; the nearest names are .*layer2"), ([], 'at least 1 layer, so that with the deepest there are 2 exits'),
+                                         (['layer1', 'layer1'], 'without repetition'), ('layer1', 'list of names'), (['fc'], 'before the classifier'), (['flatten', 'nothing'], "no layer 'nothing'"), (['layer1:input'], 'names of parts')])
 def test_layers_that_cannot_have_an_exit_are_refused(layers, said):
     with pytest.raises(ValueError, match=said): EarlyExits(staged(), layers)
     with pytest.raises(ValueError, match=said): BeYourOwnTeacher(staged(), layers=layers)
 
 
-@pytest.mark.parametrize('layer,said', [('a', 'in place and overwrites'), ('twice', 'ran 2 times'), ('unused', 'ran 0 times'), ('late', 'before the classifier'), ('pair', "'pair' gives tuple")])
+@pytest.mark.parametrize('layer,said', [('twice', 'ran 2 times'), ('unused', 'ran 0 times'), ('late', 'before the classifier'), ('pair', "'pair' gives tuple")])
 def test_layers_that_would_fail_silently_are_refused(layer, said):
     with pytest.raises(ValueError, match=said): EarlyExits(Odd(), [layer])
-    EarlyExits(Odd(), ['act'])
+
+
+def test_a_layer_that_is_overwritten_in_place_gives_the_same_in_training_and_when_it_stops():
+    exits, x = EarlyExits(Odd(), ['a']).eval(), torch.randn(3, 1, 8, 8)
+    stopped = exits(x, 0)
+    assert torch.equal(exits.exits(x)[0], stopped) and torch.equal(stopped, exits.heads[0](exits.backbone.a(x))[1])
+    assert not torch.allclose(stopped, exits.heads[0](exits.backbone.a(x).relu())[1])
+    assert torch.equal(exits.until_sure(x[:1], 0.)[0], exits(x[:1], 0))
 
 
 def test_other_refusals_of_exits():
