@@ -82,9 +82,9 @@ def forever(loader):
     "The batches of a loader, epoch after epoch."
     while True: yield from loader
 
-# %% ../nbs/bench.ipynb #3168dd47
+# %% ../nbs/bench.ipynb #81b22031
 class Naive:
-    "The loop that is copied everywhere."
+    "The loop of the training notebook, as it stands at its beginning."
     precision, asks, ahead = 'float32', True, 0
     def __init__(self, work):
         self.work, (self.teacher, self.student) = work, work.models()
@@ -154,7 +154,7 @@ class Torchdistill(PytorchTutorial):
         x, y, _ = next(self.batches)
         self.box.post_forward_process(self.loss(x.to(self.work.device), y.to(self.work.device)))
 
-# %% ../nbs/bench.ipynb #f0281c7e
+# %% ../nbs/bench.ipynb #601b03f6
 class Ours:
     "`fit` with an objective."
     ahead = 0
@@ -167,6 +167,7 @@ class Ours:
     def stop(self): pass
     def step(self): next(self.steps)
 
+# %% ../nbs/bench.ipynb #fb53a219
 class _AnyTeacher(Distill):
     def check(self, data, valid=None): self.teacher.check(data)  # a teacher of noise has no exam to pass
 
@@ -208,7 +209,7 @@ class TeacherForward:
 
 CONTENDERS = {'naive': Naive, 'pytorch_tutorial': PytorchTutorial, 'torchdistill': Torchdistill, 'live': Live, 'cached': Cached, 'alone': Alone, 'teacher_forward': TeacherForward}
 
-# %% ../nbs/bench.ipynb #3f71b68b
+# %% ../nbs/bench.ipynb #9c1b93e9
 def wait(
     device:torch.device, # Where the contenders run
 ):
@@ -232,6 +233,7 @@ def take_turn(
     contender.stop()
     return times[-steps:]
 
+# %% ../nbs/bench.ipynb #f86e6812
 def time_steps(
     contenders:dict, # By name
     steps:int, # Steps of each that count
@@ -331,9 +333,7 @@ class Normalised(nn.Module):
 
     def forward(self, x): return self.model((x - self.mean)/self.std)
 
-# %% ../nbs/bench.ipynb #f16cc680
-LENGTHS = (0.5, 0.75, 1, 1.5, 2, 3, 5)  # epochs that are tried
-
+# %% ../nbs/bench.ipynb #cb991706
 def naive_accuracy(
     work:Work, # Real images, and a trained teacher
     valid, # Validation split
@@ -351,6 +351,7 @@ def naive_accuracy(
     accuracy = evaluate(naive.student, valid.to(work.device).with_normalisation(*plain)).accuracy
     return {'contender': 'naive', 'epochs': epochs, 'seconds': seconds, 'accuracy': accuracy}
 
+# %% ../nbs/bench.ipynb #cebdc478
 def fast_accuracy(
     work:Work, # Real images, and a trained teacher
     valid, # Validation split
@@ -364,6 +365,9 @@ def fast_accuracy(
     wait(work.device)
     seconds = time.perf_counter() - begin
     return {'contender': 'cached', 'epochs': epochs, 'seconds': seconds, 'accuracy': evaluate(student, valid.to(work.device)).accuracy}
+
+# %% ../nbs/bench.ipynb #c03378db
+LENGTHS = (0.5, 0.75, 1, 1.5, 2, 3, 5)  # epochs that are tried
 
 def race(
     work:Work, # Real images, and a trained teacher
@@ -455,7 +459,7 @@ def bench_ratios(
     return {'naive / cached': times['naive']/times['cached'], 'cached / alone': times['cached']/times['alone'],
             'live / (alone + teacher forward)': times['live']/(times['alone'] + times['teacher_forward'])}
 
-# %% ../nbs/bench.ipynb #ce7d342a
+# %% ../nbs/bench.ipynb #385ca118
 def bench_text(
     result:dict, # As `distill_nb_bench` returns it
 )->str:
@@ -464,7 +468,7 @@ def bench_text(
     shown = {'contender': lambda r: r['contender'], 'precision': lambda r: r['precision'], 'ms/step': lambda r: f"{r['step_ms']:.1f}", 'naive/this': lambda r: f"{r['ratio_to_naive']:.2f}",
              'peak MB': lambda r: '' if r['peak_mb'] is None else f"{r['peak_mb']:,.0f}", 'GFLOP/s': lambda r: f"{r['gflops']:,.1f}", '% of peak': lambda r: f"{100*r['share_of_peak']:.1f}"}
     lines = [text_table([list(shown)] + [[f(r) for f in shown.values()] for r in result['rows']]), '']
-    lines += [f'{name}: {value:.3f}' for name, value in result['ratios'].items()]
+    lines += [f'{name}: {value:.3f}' for name, value in result['ratios'].items()] + [f"teacher forward: {result['teacher_forward_ms']:.1f} ms"]
     lines += [f'matrix product in {p}: {v:,.0f} GFLOP/s' for p, v in result['matmul_gflops'].items()]
     if race := result['to_accuracy']:
         lines += ['', text_table([['contender', 'epochs', 'seconds', 'validation accuracy %']] + [[r['contender'], f"{r['epochs']:g}", f"{r['seconds']:.1f}", f"{100*r['accuracy']:.2f}"] for r in race])]

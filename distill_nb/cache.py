@@ -233,7 +233,7 @@ class CachedTeacher(Frozen):
 
     def __getstate__(self): return super().__getstate__() | {'_tables': {}}  # a copy opens the file anew
 
-# %% ../nbs/06_cache.ipynb #6fdc075b
+# %% ../nbs/06_cache.ipynb #2ae57c1d
 @patch(as_prop=True)
 def rows(self:CachedTeacher):
     "How many questions there are."
@@ -243,6 +243,11 @@ def rows(self:CachedTeacher):
 def nbytes(self:CachedTeacher):
     "What the answers to all questions take, in memory or on disk, in bytes."
     return 2*self.rows*(self.form.words + 2)
+
+@patch(as_prop=True)
+def exact_at(self:CachedTeacher):
+    "The temperature at which the kept answers are exact; None: at any, since all logits are kept."
+    return self.form.temperature if self.form.top else None
 
 @patch
 def extra_repr(self:CachedTeacher):

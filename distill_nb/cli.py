@@ -286,7 +286,7 @@ def run_setting(
     contenders = {'alone': contender('alone', task, label_smoothing=0.)} | {m: contender(m if m in METHODS else 'kd', tasks[m], **chosen[m]) for m in tasks}
     return chosen, tries, compare(job.student, contenders, task.recipe, job.data.valid, job.data.test, job.teacher, job.options['seeds'], work, **kw)
 
-# %% ../nbs/cli.ipynb #f07f47e9
+# %% ../nbs/cli.ipynb #0836424d
 def _binomial(p, n): return 1.96 * (p * (1 - p) / n) ** 0.5
 
 def result_rows(
@@ -305,7 +305,7 @@ def result_rows(
         for r in comparison.rows():
             over = 'test images' if r['ci95'] is None else 'seeds'
             if r['ci95'] is None: r['ci95'] = _binomial(r['accuracy'], n)
-            rows.append({'setting': setting, **r, 'interval_over': over, **cost['student'], 'seconds_per_epoch': r['seconds'] / epochs}
+            rows.append({'setting': setting, **r, 'interval_over': over, 'accuracies': comparison.values(r['model'], 'accuracy'), **cost['student'], 'seconds_per_epoch': r['seconds'] / epochs}
                         | ({'chosen': chosen[r['model']]} if r['model'] in chosen else {}) | ({'answers': job.answers[r['model']]} if r['model'] in job.answers else {}))
     return rows
 

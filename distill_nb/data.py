@@ -349,7 +349,7 @@ def get(self:ImageData,
     view = torch.zeros_like(index) if view is None else torch.as_tensor(view, device=self.device)
     return self._finish(self.pixels(index), index, view)
 
-# %% ../nbs/02_data.ipynb #025a324a
+# %% ../nbs/02_data.ipynb #b1588fa5
 @patch
 def view_of(self:ImageData,
     seed:int,  # Of the run
@@ -358,7 +358,7 @@ def view_of(self:ImageData,
 )->Tensor:  # Numbers of views, int64, shape (B,)
     "The view that each image gets in an epoch: a pure function of seed, epoch and position."
     number = mix(seed, epoch, torch.as_tensor(index)) % self.n_views
-    return self.view_at(index, number) if getattr(self, 'views', None) else number
+    return self.view_at(index, number) if self.views else number
 
 # %% ../nbs/02_data.ipynb #75a75d38
 @patch

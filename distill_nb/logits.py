@@ -6,8 +6,8 @@
 __all__ = ['GRID', 'by_luck', 'check_teacher', 'Distill', 'interval', 'agreement', 'Comparison', 'compare', 'markdown_table',
            'text_table', 'tune']
 
-# %% ../nbs/05_logits.ipynb #3a4b675b
-import math
+# %% ../nbs/05_logits.ipynb #92f25dc1
+import math, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def check_teacher(
                          'these classes, it sees the images in another form than in its training, or these are too few images to tell. Fine-tune it first, or check the normalisation.')
     return e.accuracy
 
-# %% ../nbs/05_logits.ipynb #e3a68784
+# %% ../nbs/05_logits.ipynb #608e62a8
 class Distill(Objective):
     "Logit matching: (1−α)·CE(hard labels) + α·T²·KL(teacher ‖ student). Images without a label have only the soft part."
     def __init__(self,
@@ -70,13 +70,15 @@ class Distill(Objective):
 
     def forward(self, batch:Batch)->dict:
         "The weighted parts of the loss, as `{'hard': ..., 'soft': ...}`."
-        return self.loss.parts(self.model(batch.x), self.teacher(batch), batch.y)
+        v = self.teacher(batch)  # first: its tensors are gone before the student's are kept for the backward pass
+        return self.loss.parts(self.model(batch.x), v, batch.y)
 
     def check(self, data, valid=None):
         "Class counts of student, teacher and data; and the teacher's exam, on the validation split where there is one."
         check_classes(self.model, data, 'the student')
         if self.model is self.teacher.model: raise ValueError('the student must be another module than the teacher, which is frozen; use copy.deepcopy(teacher).')
         self.teacher.check(data)
+        if self.teacher.exact_at not in (None, self.loss.temperature): warnings.warn(f'the teacher keeps its largest logits for temperature {self.teacher.exact_at:g}, but is used at {self.loss.temperature:g}: the weight of the others is wrong there. Make the CachedTeacher with temperature={self.loss.temperature:g}.', stacklevel=2)
         check_teacher(self.teacher, data if valid is None else valid)
 
 # %% ../nbs/05_logits.ipynb #6a2890fc

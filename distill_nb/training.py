@@ -24,9 +24,11 @@ from .data import Batch, epoch_order, mix
 from .losses import UNLABELLED, hard_loss
 from .models import fingerprint, read_weights, write_atomic
 
-# %% ../nbs/04_training.ipynb #9ad4234d
+# %% ../nbs/04_training.ipynb #fa0fcef6
 class Frozen(nn.Module):
     "A teacher: no gradients, always in eval mode, and invisible to the module that holds it."
+    exact_at = None  # the temperature at which its answers are exact; None: at any
+
     def __init__(self,
         model:nn.Module, # Maps images (B, channels, H, W) to logits (B, C). It is frozen in place, not copied
     ):

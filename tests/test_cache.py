@@ -516,6 +516,16 @@ def test_too_many_views_are_refused_with_advice():
     assert wrong(cached, make_teacher(), cached.data) < 0.01 and cached.asked == 180
 
 
+def test_top_logits_at_another_temperature_are_warned_of():
+    teacher, train, valid = trained()
+    kept = CachedTeacher(teacher, train, top=3, temperature=2.)
+    Distill(digit_student(), kept, temperature=2.).check(train, valid)
+    with pytest.warns(UserWarning, match='temperature=4'): Distill(digit_student(), kept, temperature=4.).check(train, valid)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Distill(digit_student(), CachedTeacher(teacher, train, temperature=2.), temperature=4.).check(train, valid)  # all logits serve at any
+
+
 @pytest.mark.parametrize('kw,said', [(dict(dtype='int8'), 'dtype'), (dict(top=2.5), 'top'), (dict(top='3'), 'top'), (dict(temperature='4'), 'temperature'), (dict(top=10), 'top'), (dict(top=0), 'top'), (dict(temperature=0.), 'temperature'), (dict(views=0), 'views'), (dict(views=10), 'views')])
 def test_bad_arguments_are_named(kw, said):
     with pytest.raises(ValueError, match=said): CachedTeacher(make_teacher(), make_data(), **kw)

@@ -136,6 +136,7 @@ def test_methods_can_be_compared_with_the_same_number_of_tries(tmp_path, capsys)
     for setting in ('all_labels', 'few_labels'):
         rows = {r['model']: r for r in result['rows'] if r['setting'] == setting}
         assert list(rows) == ['teacher', 'alone', 'dkd', 'self'] and all(rows[m]['seconds_per_epoch'] > 0 for m in list(rows)[1:])
+        assert all(rows[m]['accuracy'] == pytest.approx(sum(rows[m]['accuracies'])/len(rows[m]['accuracies'])) for m in list(rows)[1:])
         assert set(rows['dkd']['chosen']) == {'temperature', 'alpha', 'beta'} and 'difference' in rows['dkd']
         assert [sum(t['method'] == m for t in result['tries'][setting]) for m in ('alone', 'dkd', 'self')] == [4, 4, 4]
     assert 'With few labels, dkd (T=' in capsys.readouterr().out

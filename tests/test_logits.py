@@ -105,6 +105,15 @@ def test_the_parts_are_the_formulas(teacher):
     assert parts['hard'].item() == pytest.approx(hard.item(), rel=1e-4)
 
 
+def test_the_teacher_answers_before_the_student_keeps_tensors_for_the_backward_pass(teacher):
+    objective, order = Distill(net(), teacher), []
+    objective.model.register_forward_pre_hook(lambda *_: order.append('student'))
+    hook = teacher.register_forward_pre_hook(lambda *_: order.append('teacher'))
+    objective(images().get(torch.arange(4)))
+    hook.remove()
+    assert order == ['teacher', 'student']
+
+
 def test_alpha_0_is_supervised_training(teacher):
     def weights(objective):
         torch.manual_seed(0)

@@ -43,6 +43,27 @@ def test_every_method_trains_the_student_and_leaves_the_teacher(name, task):
     assert all(torch.tensor(v).isfinite().all() for v in history.losses.values())
 
 
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_path):
+    task = task._replace(recipe=replace(RECIPE, steps=80))
+    def run(folder, resume=False, stop=None):
+        torch.manual_seed(1)
+        student, calls = digit_student(), []
+        objective, data, *own = contender(name, task, **METHODS[name].grid[0])(student)
+        forward = objective.forward
+        def counted(batch):
+            if len(calls) == stop: raise KeyboardInterrupt
+            calls.append(1)
+            return forward(batch)
+        objective.forward = counted
+        fit(objective, data, replace(own[0] if own else RECIPE, steps=110, batch_size=16), None, folder, resume, save_every=0)
+        return fingerprint(student.state_dict()), len(calls)
+    whole, steps = run(tmp_path/'whole')
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', stop=105)
+    resumed, rest = run(tmp_path/'cut', resume=True)
+    assert resumed == whole and 0 < rest <= 10 and steps == 110
+
+
 def test_methods_see_the_images_that_they_may(task):
     for name in METHODS:
         _, data, *_ = contender(name, task, **METHODS[name].grid[0])(digit_student())
