@@ -147,7 +147,7 @@ class Job(NamedTuple):
     compile: bool      # Compile what is trained?
     device: torch.device
 
-# %% ../nbs/cli.ipynb #22300f04
+# %% ../nbs/cli.ipynb #a27cc59e
 def chosen_methods(
     method:str, # As the option `--method`
 )->tuple: # Keys of `METHODS`
@@ -155,6 +155,7 @@ def chosen_methods(
     words = [w.strip() for w in method.split(',')]
     wrong = [w for w in words if w not in METHODS]
     if wrong or len(set(words)) < len(words): raise ValueError(f"method must be one of {', '.join(METHODS)}, or a list of different ones, but is {method!r}.")
+    if words == ['alone']: raise ValueError(f"method must name a way to distil, with which the student alone is compared, but is {method!r}.")
     return tuple(words)
 
 # %% ../nbs/cli.ipynb #cbc85878
@@ -219,7 +220,7 @@ def prepare(
     data = load_data(o['data'], o['root'], o['size'], **({'skip_damaged': True} if o['skip_damaged'] else {}))
     return _job(o, folder, data, options, recipe_options, device)
 
-# %% ../nbs/cli.ipynb #f5dcedb7
+# %% ../nbs/cli.ipynb #405292e8
 def _job(o, folder, data, options, recipe_options, device):
     "The second half of `prepare`: what needs the data."
     p, train = preset(o['data'], data.train.size), data.train
@@ -234,6 +235,9 @@ def _job(o, folder, data, options, recipe_options, device):
     if normalisation: data = type(data)(*(split.with_normalisation(*normalisation) for split in data))
     if trained: check_teacher(teacher, data.valid)
     methods, answers = chosen_methods(o['method']), answering(o['cache'], data.train)
+    for k in ('temperature', 'alpha'):
+        without = [m for m in methods if m != 'alone' and k not in METHODS[m].grid[0]]
+        if o[k] is not None and without: raise ValueError(f"{k} must be left out for {', '.join(without)}, where it is no setting to choose, but is {o[k]!r}.")
     if methods != ('kd',) and len(answers) > 1: raise ValueError(f"cache must be a single word where methods are compared, but is {o['cache']!r}.")
     for which, mode in answers.items():
         try: CachedTeacher(copy.deepcopy(teacher), data.train.replace(views=None if mode == data.train.augment.n else mode), folder/'work'/'answers') if mode != 'live' else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Task', 'Method', 'grid', 'contender', 'choose']
 
-# %% ../nbs/methods.ipynb #6627950c
+# %% ../nbs/methods.ipynb #10bce771
 import copy
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from .features import feature_method
 from .logits import GRID, Distill, compare
 from .losses import dist_loss, dkd_loss
 from .self_distillation import BeYourOwnTeacher, SelfTeacher, repeat_labelled
-from .training import Recipe, Supervised, fit
+from .training import Frozen, Recipe, Supervised, fit
 
 # %% ../nbs/methods.ipynb #82c62f0c
 class Task(NamedTuple):
@@ -55,12 +55,12 @@ def _born_again(student, task, temperature, alpha):
     fit(Supervised(earlier), task.labelled, task.recipe, progress=False)
     return Distill(student, earlier, temperature, alpha), task.transfer
 
-# %% ../nbs/methods.ipynb #41cb638f
+# %% ../nbs/methods.ipynb #a615651f
 def _data_free(student, task, balance):
     data, noise = task.labelled, 64
     generator = Generator(data.size, data.channels, noise, mean=data.mean, std=data.std)
     recipe = replace(DATA_FREE, precision=task.recipe.precision)
-    return DataFree(student, getattr(task.teacher, 'model', task.teacher), generator, balance=balance), Noise(recipe.steps*recipe.batch_size//30, noise, len(data.classes)), recipe
+    return DataFree(student, task.teacher.model if isinstance(task.teacher, Frozen) else task.teacher, generator, balance=balance), Noise(recipe.steps*recipe.batch_size//30, noise, len(data.classes)), recipe
 
 # %% ../nbs/methods.ipynb #a429e8ec
 def grid(
@@ -85,7 +85,7 @@ METHODS = {
     'data_free': Method(_data_free, grid(balance=(1., 2.5, 5., 10.)), 'generated images only'),
 }
 
-# %% ../nbs/methods.ipynb #e961abf7
+# %% ../nbs/methods.ipynb #d3aa4e2b
 def contender(
     name:str, # A key of `METHODS`
     task:Task, # What it may use
@@ -105,9 +105,11 @@ def choose(
     **kwargs, # `device`, `progress`, `compile` of `compare`
 )->tuple: # The best setting, and a row per setting
     "Try each setting once on the validation split; the first of the best wins."
+    contender(name, task)  # refuses a method that does not exist
     settings = METHODS[name].grid if settings is None else settings
     if len(settings) == 1: return settings[0], []
-    labels = [' '.join(f'{k}={v:g}' for k, v in s.items()) for s in settings]
+    labels = [' '.join(f'{k}={v}' for k, v in s.items()) for s in settings]
+    if len(set(labels)) < len(labels): raise ValueError(f'settings must be different ones, but are {settings!r}.')
     made = {label: contender(name, task, **s) for label, s in zip(labels, settings)}
     found = compare(make_student, made, task.recipe, valid, seeds=[1000], folder=folder, **kwargs).rows()
     tries = [{'method': name, **s, 'valid_accuracy': r['accuracy']} for s, r in zip(settings, found)]

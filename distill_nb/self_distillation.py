@@ -487,14 +487,16 @@ def check(self:SelfTeacher, data, valid=None):
     super(SelfTeacher, self).check(data, valid)
     if data.fingerprint() != self.data.fingerprint(): raise ValueError('data must be the data set that was given to SelfTeacher, which makes the second views, but is another one.')
 
-# %% ../nbs/08_self.ipynb #ae9c9381
+# %% ../nbs/08_self.ipynb #0a156bbb
 @patch
 def forward(self:SelfTeacher, batch:Batch)->dict:
     "The losses `{'hard': ..., 'self': ...}`; in train mode teacher and centre move."
     begins = all(p.grad is None for p in self.model.parameters())  # fit clears the gradients after each optimiser step
     if self.training and begins: self.teacher.update(self.model)
     self.data = self.data.to(batch.x.device)
-    second = self.data.get(batch.index, other_view(batch.index, batch.view, self.data.n_views))
+    few = self.data.views is not None  # then the other view must be one of those that the image shows
+    number = other_view(batch.index, self.data.view_number(batch.index, batch.view) if few else batch.view, self.data.n_views)
+    second = self.data.get(batch.index, self.data.view_at(batch.index, number) if few else number)
     student_logits, teacher_logits = self.model(batch.x), upcast(self.teacher(second.x))
     losses = {'hard': hard_loss(student_logits, batch.y),
               'self': self.weight * view_loss(student_logits, teacher_logits, self.centre, self.student_temperature, self.teacher_temperature)}

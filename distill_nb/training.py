@@ -134,7 +134,7 @@ def scheduled(
     if schedule == 'linear': return left
     return 0.1 ** sum(done >= m for m in milestones) if schedule == 'step' else 1.0
 
-# %% ../nbs/04_training.ipynb #b6b33145
+# %% ../nbs/04_training.ipynb #d9ae5c31
 def optimizer_tensors(optimizer)->dict: # {'optimizer.0.momentum_buffer': tensor, ...}
     "An optimiser's memory as named tensors."
     state = optimizer.state_dict()['state']
@@ -149,6 +149,8 @@ def restore_optimizer(optimizer, tensors:dict):
             _, i, k = name.split('.', 2)
             state.setdefault(int(i), {})[k] = t
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+    for p, own in optimizer.state.items():  # fused steps read weight and memory side by side, so both must lie in the same order
+        own |= {k: torch.empty_like(p, dtype=t.dtype).copy_(t) for k, t in own.items() if isinstance(t, Tensor) and t.shape == p.shape}
 
 # %% ../nbs/04_training.ipynb #65eafca9
 def write_checkpoint(
@@ -209,7 +211,7 @@ def check(self:Recipe):
         _must(getattr(self, name) in known, name, getattr(self, name), 'one of ' + ', '.join(known))
     _must(isinstance(self.seed, int), 'seed', self.seed, 'a whole number')
 
-# %% ../nbs/04_training.ipynb #176d1dcd
+# %% ../nbs/04_training.ipynb #0f44f00c
 @patch
 def total_steps(self:Recipe,
     n:int, # Images in the training set
@@ -225,13 +227,15 @@ def lr_at(self:Recipe,
     "The learning rate of a step: the warm-up ends on the highest rate, and no step is wasted on a rate of 0."
     return self.lr * scheduled(self.schedule, (step + 0.5) / total, self.warmup)
 
+_FROZEN = 'the model has no weight that trains: a model that was once given as a teacher is frozen in place; call requires_grad_(True) on it.'
+
 @patch
 def make_optimizer(self:Recipe,
     parameters, # The weights that train
 )->torch.optim.Optimizer:
     "The optimiser that the recipe names."
     parameters = [p for p in parameters if p.requires_grad]
-    if not parameters: raise ValueError('the objective has no weight that trains: a model that was once given as a teacher is frozen in place; call requires_grad_(True) on it.')
+    if not parameters: raise ValueError(_FROZEN)
     kw = dict(lr=self.lr, weight_decay=self.weight_decay, fused=all(p.device.type in ('cpu', 'cuda') for p in parameters))
     if self.optimizer == 'sgd': return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=self.momentum > 0, **kw)
     return (torch.optim.AdamW if self.optimizer == 'adamw' else torch.optim.Adam)(parameters, **kw)
@@ -365,7 +369,7 @@ def environment(
     gpu = f', {torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
     return {'hardware': f'{cpu}, {torch.get_num_threads()} threads{gpu}', 'software': f'Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}'}
 
-# %% ../nbs/04_training.ipynb #e8ccad58
+# %% ../nbs/04_training.ipynb #b88e9146
 class DivergedError(ValueError):
     "A loss became NaN or infinite."
 
@@ -374,12 +378,15 @@ class _Run:
     def __init__(self, objective, data, recipe, valid, folder, resume, device, progress, save_every, compile=False):
         if not isinstance(objective, nn.Module): raise ValueError(f'objective must be an nn.Module that maps a Batch to named losses, but is a {type(objective).__name__}.')
         _must(folder is None or not Path(folder).exists() or Path(folder).is_dir(), 'folder', str(folder), 'a folder')
+        if valid is not None and (valid.y == UNLABELLED).any(): raise ValueError(f'valid must have a label for each of its {len(valid):,} images, but {(valid.y == UNLABELLED).sum():,} have none.')
         self.objective, self.recipe, self.valid, self.progress, self.save_every = objective, recipe, valid, progress, save_every
         self.accelerator = _accelerator(recipe, device)
         with self.accelerator.autocast():  # in the precision of the training, which decides what a teacher answers
             if hasattr(objective, 'check'): objective.check(data, valid)
             for m in objective.modules():
                 if isinstance(m, Frozen): m.check(data)
+        student = list(getattr(objective, 'model', objective).parameters())
+        if student and not any(p.requires_grad for p in student): raise ValueError(_FROZEN)
         self.total = recipe.total_steps(len(data))
         self.path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
         self.made_from = {'recipe': asdict(recipe), 'data': data.fingerprint(), 'objective': describe(objective),
@@ -427,7 +434,7 @@ def image_order(
     "The order of images in memory that convolutions like: channels last, except for float32 on the CPU."
     return torch.channels_last if half or device.type == 'cuda' else torch.contiguous_format
 
-# %% ../nbs/04_training.ipynb #8ab63d19
+# %% ../nbs/04_training.ipynb #a19ad33a
 @patch
 def _place(self:_Run, data, compile):
     "Put data and objective onto the device, in the memory order that it likes; wrap for several processes, and compile if asked to."
@@ -437,6 +444,7 @@ def _place(self:_Run, data, compile):
     self.order = image_order(acc.mixed_precision != 'no', acc.device)
     self.objective.to(acc.device).to(memory_format=self.order)
     optimizer = self.recipe.make_optimizer(self.objective.parameters())
+    optimizer.zero_grad()  # of whatever was computed before
     self.wrapped, self.optimizer = acc.prepare(self.objective, optimizer)
     if compile: self.wrapped = _compiled(self.wrapped, acc.device)
 

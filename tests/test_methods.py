@@ -56,7 +56,7 @@ def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_pa
             calls.append(1)
             return forward(batch)
         objective.forward = counted
-        fit(objective, data, replace(own[0] if own else RECIPE, steps=110, batch_size=16), None, folder, resume, save_every=0)
+        fit(objective, data, replace(own[0] if own else RECIPE, steps=110, batch_size=16, precision='bfloat16'), None, folder, resume, save_every=0)
         return fingerprint(student.state_dict()), len(calls)
     whole, steps = run(tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', stop=105)
@@ -93,6 +93,22 @@ def test_the_choice_is_the_best_on_the_validation_split(task):
 
 def test_contenders_with_data_of_their_own_need_the_steps(task):
     with pytest.raises(ValueError, match='steps'): compare(digit_student, {'alone': contender('alone', task, label_smoothing=0.)}, Recipe(epochs=1), digits().valid, seeds=1)
+
+
+def test_a_teacher_that_wraps_a_model_is_asked_as_a_whole(task):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+        def forward(self, x): return self.model(2*x)
+    wrapped = Wrapped(task.teacher.model)
+    objective, _, _ = contender('data_free', task._replace(teacher=wrapped), balance=5.)(digit_student())
+    assert objective.teacher.model is wrapped
+
+
+def test_settings_that_cannot_be_told_apart_and_unknown_methods_are_refused(task):
+    with pytest.raises(ValueError, match='different'): choose('kd', digit_student, task, digits().valid, [dict(temperature=1., alpha=0.5)]*2)
+    with pytest.raises(ValueError, match='born_again'): choose('magic', digit_student, task, digits().valid)
 
 
 def test_an_unknown_method_is_named(task):

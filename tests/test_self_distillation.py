@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill_nb import self_distillation
-from distill_nb.data import CropFlip, ImageData, mix
+from distill_nb.data import CropFlip, ImageData, digits, mix
 from distill_nb.logits import Distill
 from distill_nb.losses import UNLABELLED
 from distill_nb.models import build_model, count_macs, digit_student, digit_teacher, fingerprint, resnet18, wrn_16_1
@@ -485,6 +485,18 @@ def slow_self_training(student, data, recipe, m, ts, tt, mc, weight):
             with torch.no_grad():
                 for t, s in zip(teacher.state_dict().values(), student.state_dict().values()): t.copy_(m * t + (1 - m) * s if t.is_floating_point() else s)
     return teacher, c
+
+
+def test_the_other_view_is_one_of_those_that_an_image_shows(monkeypatch):
+    data = digits().train.subset(range(50)).replace(views=3)
+    objective, asked = SelfTeacher(digit_student(), data), []
+    get = type(data).get
+    monkeypatch.setattr(type(data), 'get', lambda self, index, view=None: asked.append((index, view)) or get(self, index, view))
+    index = torch.arange(50)
+    batch = data.get(index, data.view_of(0, 0, index))
+    objective(batch)
+    (_, first), (index, second) = asked
+    assert (data.view_number(index, second) < 3).all() and (second != first).all()
 
 
 def test_fit_runs_the_method_that_a_plain_loop_runs():

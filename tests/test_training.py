@@ -11,8 +11,8 @@ from torch import nn
 
 from distill_nb import training
 from distill_nb.data import CropFlip, ImageData, digits
-from distill_nb.losses import DistillationLoss
-from distill_nb.models import digit_student, digit_teacher, fingerprint, read_weights
+from distill_nb.losses import UNLABELLED, DistillationLoss
+from distill_nb.models import digit_student, digit_teacher, fingerprint, read_weights, resnet8
 from distill_nb.training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, best_precision, calibration_error, evaluate, evaluating, fit,
                                  fit_device, plan, predict, read_checkpoint, scheduled, write_checkpoint)
 
@@ -379,6 +379,46 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='No space left'): write_checkpoint(path, {'x': torch.zeros(2)}, {'step': 2})
     assert read_checkpoint(path)[1] == {'step': 1} and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_a_resume_in_channels_last_puts_the_optimisers_memory_beside_its_weights(tmp_path, optimizer):
+    data, recipe = images(64), replace(RECIPE, steps=8, batch_size=16, optimizer=optimizer, precision='bfloat16')
+    def run(folder, stop=None):
+        torch.manual_seed(0)
+        objective, calls = Supervised(resnet8(len(data.classes), data.channels)), []
+        forward = objective.forward
+        def counted(batch):
+            if len(calls) == stop: raise KeyboardInterrupt
+            calls.append(1)
+            return forward(batch)
+        objective.forward = counted
+        fit(objective, data, recipe, None, folder, resume=True, save_every=0)
+        return objective.model.state_dict(), len(calls)
+    whole, _ = run(tmp_path/'whole')
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', 6)
+    resumed, steps = run(tmp_path/'cut')
+    assert steps < 8 and all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_gradients_of_before_do_not_count():
+    def run(before):
+        model = net()
+        if before: model(images().get(torch.arange(8)).x).sum().backward()
+        fit(Supervised(model), images(), replace(RECIPE, steps=3))
+        return fingerprint(model.state_dict())
+    assert run(False) == run(True)
+
+
+def test_a_frozen_student_and_a_valid_split_without_labels_are_refused():
+    class WithHelper(Supervised):
+        def __init__(self, model):
+            super().__init__(model)
+            self.helper = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match='no weight that trains'): fit(WithHelper(net().requires_grad_(False)), images(), RECIPE)
+    valid = images()
+    valid.y[3] = UNLABELLED
+    with pytest.raises(ValueError, match='valid must have a label.*1 have none'): fit(Supervised(net()), images(), RECIPE, valid)
 
 
 # --- kill and resume, several processes
