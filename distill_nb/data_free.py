@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NO_STATISTICS', 'INVERSION', 'DATA_FREE', 'WAYS', 'bn_layers', 'statistics_distance', 'Look', 'inputs_of',
            'GlassTeacher', 'Noise', 'total_variation', 'competition', 'PixelRange', 'Pixels', 'DeepInversion',
-           'check_weights_of', 'check_labels_of', 'answer_shape', 'check_pair', 'invert', 'dafl_losses', 'Generator',
-           'as_constant', 'DataFree', 'check_counts', 'Pictures', 'Imitate', 'Distilled', 'find_channels',
-           'by_generator', 'by_inversion', 'joined', 'distill_without_data']
+           'check_weights_of', 'check_counts', 'check_labels_of', 'check_guides', 'answer_shape', 'check_pair',
+           'invert', 'dafl_losses', 'Generator', 'as_constant', 'DataFree', 'Pictures', 'Imitate', 'Distilled',
+           'find_channels', 'by_generator', 'by_inversion', 'joined', 'distill_without_data']
 
 # %% ../nbs/09_data_free.ipynb #da3facfa
 import copy, hashlib, json, math
@@ -133,7 +133,7 @@ def competition(
     "1 - JS(teacher, student), in nats; low where the two disagree; Yin et al. 2020, section 3.3."
     return 1 - jsd_loss(student_logits, teacher_logits, temperature=1.)
 
-# %% ../nbs/09_data_free.ipynb #79b7783b
+# %% ../nbs/09_data_free.ipynb #57b4a6e2
 class PixelRange(nn.Module):
     "Keep pixels in the range that normalised images have; without `mean` and `std` they are left as they are."
     def __init__(self,
@@ -142,6 +142,7 @@ class PixelRange(nn.Module):
     ):
         super().__init__()
         if (mean is None) != (std is None): raise ValueError(f'mean and std must be given together or not at all, but are {mean!r} and {std!r}.')
+        if mean is not None and not (all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)): raise ValueError(f'mean must hold finite numbers and std finite numbers greater than 0, but they are {mean!r} and {std!r}.')
         low, high = (None, None) if mean is None else ((end - torch.tensor(mean).float().view(-1, 1, 1)) / torch.tensor(std).float().view(-1, 1, 1) for end in (0, 1))
         self.register_buffer('low', low)
         self.register_buffer('high', high)
@@ -198,7 +199,7 @@ class DeepInversion(Objective):
         "The images as they are now, as a copy."
         with torch.no_grad(): return self.model().clone()
 
-# %% ../nbs/09_data_free.ipynb #449fcd81
+# %% ../nbs/09_data_free.ipynb #e6c6ee69
 NO_STATISTICS = ('the teacher has no batch-norm statistics, but statistics={}: use a teacher with batch norm, or let statistics=0, '
                  'which leaves the teacher\'s answers and features as the only guides (the variant of Chen et al. 2019).')
 
@@ -207,10 +208,19 @@ def check_weights_of(
 ):
     "Raise a `ValueError` unless every weight of a loss is a finite number of at least 0, and one is greater."
     for name, w in weights:
-        if not 0 <= w < math.inf: raise ValueError(f'{name} must be a finite number of at least 0, but is {w!r}.')
+        if not isinstance(w, (int, float)) or not 0 <= w < math.inf: raise ValueError(f'{name} must be a finite number of at least 0, but is {w!r}.')
     if not any(w for _, w in weights): raise ValueError(f"at least one of {', '.join(k for k, _ in weights)} must be greater than 0.")
 
-# %% ../nbs/09_data_free.ipynb #7ddb54ef
+def check_counts(
+    temperature:float, # T > 0
+    **counts, # Any numbers of things
+):
+    "Raise a `ValueError` unless the temperature is usable and every count is a whole number of at least 1."
+    if not 1e-6 <= temperature <= 1e6: raise ValueError(f'temperature must be a finite number greater than 0 (from 1e-6 to 1e6), but is {temperature}.')
+    for name, n in counts.items():
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1: raise ValueError(f'{name} must be a whole number of at least 1, but is {n!r}.')
+
+# %% ../nbs/09_data_free.ipynb #1c94096d
 @patch
 def forward(self:DeepInversion, batch:Batch)->dict:
     "The weighted parts of the loss; a part with weight 0 is not computed."
@@ -227,8 +237,9 @@ def check(self:DeepInversion, data, valid=None):
     if len(data) != len(self.labels): raise ValueError(f'data must have one index for each of the {len(self.labels)} images, but has {len(data)}.')
     if valid is not None: raise ValueError('valid must be None: images train here, and they have no accuracy.')
     check_labels_of(self.teacher.model, self.labels, self.images()[:2])
+    check_guides(self.teacher, self.images()[:2], self.weights)
 
-# %% ../nbs/09_data_free.ipynb #1bf7e6b4
+# %% ../nbs/09_data_free.ipynb #c488f9f5
 def check_labels_of(
     teacher:nn.Module, # Maps images to logits (B, C)
     labels:Tensor, # Wanted classes, shape (N,)
@@ -238,6 +249,17 @@ def check_labels_of(
     C = answer_shape(teacher, x, 'the teacher')
     if labels.ndim != 1 or labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < C:
         raise ValueError(f'labels must be integers from 0 to {C - 1}, shape (N,), but are {labels.dtype} of shape {tuple(labels.shape)} from {labels.min().item()} to {labels.max().item()}.')
+
+def check_guides(
+    teacher:nn.Module, # A `GlassTeacher`
+    x:Tensor, # Two images
+    weights:tuple, # Pairs (name, weight) of the losses
+):
+    "Raise a `ValueError` if a loss has a weight and the teacher's forward pass does not reach the layers that it needs."
+    device = next((t.device for t in teacher.model.state_dict().values()), x.device)
+    with torch.no_grad(): look, weights = teacher.look(x.to(device)), dict(weights)
+    if weights.get('statistics') and look.distance is None: raise ValueError(NO_STATISTICS.format(weights['statistics']))
+    if weights.get('activation') and look.features is None: raise ValueError('activation must be 0 for a teacher whose answer does not come from a linear layer, since no features come into its head.')
 
 def answer_shape(
     model:nn.Module, # Maps images to logits
@@ -302,7 +324,7 @@ def dafl_losses(
     parts = {'onehot': F.cross_entropy(logits, logits.argmax(1)), 'balance': (log_mean.exp() * log_mean).sum()}
     return parts if features is None else parts | {'activation': -upcast(features).abs().flatten(1).sum(1).mean()}
 
-# %% ../nbs/09_data_free.ipynb #b7a4c8fb
+# %% ../nbs/09_data_free.ipynb #c31ab821
 class Generator(nn.Module):
     "Noise to images of any size, in the teacher's normalisation."
     def __init__(self,
@@ -315,6 +337,8 @@ class Generator(nn.Module):
         spread:float=0.2, # Standard deviation of the initial weights: larger learns slower
     ):
         super().__init__()
+        check_counts(1., size=size, channels=channels, noise=noise, width=width)
+        if not 0 < spread < math.inf: raise ValueError(f'spread must be a finite number greater than 0, but is {spread!r}.')
         self.noise, self.size, self.channels, self.width = noise, size, channels, width
         self.sides = -(-size // 4), -(-size // 2), size
         self.start = nn.Sequential(nn.Linear(noise, width * self.sides[0]**2, bias=False), nn.Unflatten(1, (width, self.sides[0], self.sides[0])), nn.BatchNorm2d(width), nn.LeakyReLU(0.2))
@@ -374,16 +398,7 @@ class DataFree(Objective):
         self.register_buffer('answers', torch.zeros(memory, answer_shape(teacher, example, 'the teacher')))
         self.register_buffer('count', torch.zeros((), dtype=torch.long))
 
-# %% ../nbs/09_data_free.ipynb #131f4fc1
-def check_counts(
-    temperature:float, # T > 0
-    **counts, # Any numbers of things
-):
-    "Raise a `ValueError` unless the temperature is usable and every count is a whole number of at least 1."
-    if not 1e-6 <= temperature <= 1e6: raise ValueError(f'temperature must be a finite number greater than 0 (from 1e-6 to 1e6), but is {temperature}.')
-    for name, n in counts.items():
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1: raise ValueError(f'{name} must be a whole number of at least 1, but is {n!r}.')
-
+# %% ../nbs/09_data_free.ipynb #70d69481
 @patch
 def example(self:DataFree):
     "Two generated images; the generator is left as it was."
@@ -439,7 +454,7 @@ def forward(self:DataFree, batch:Batch)->dict:
         x, answers = (torch.cat(pair) for pair in zip((x, answers), self.recall()))
     return {'student': kd_loss(self.model(x), answers, self.temperature)} | self.imagine(images, look)
 
-# %% ../nbs/09_data_free.ipynb #d2ab7d50
+# %% ../nbs/09_data_free.ipynb #4ebd20bc
 @patch
 def check(self:DataFree, data, valid=None):
     "Classes and shapes of student, teacher and generator; and that there is noise and no data."
@@ -447,8 +462,7 @@ def check(self:DataFree, data, valid=None):
         raise ValueError(f'data must be Noise with dim={self.generator.noise}, as the generator takes it, but is {data!r:.60}.')
     example = self.example()
     check_pair(self.model, self.teacher.model, example)
-    if dict(self.weights)['activation'] and not any(isinstance(m, nn.Linear) for m in self.teacher.model.modules()):
-        raise ValueError('activation must be 0 for a teacher without a linear layer, since no features come into its head.')
+    check_guides(self.teacher, example, self.weights)
     if valid is not None: check_classes(self.model, valid, 'the student')
 
 # %% ../nbs/09_data_free.ipynb #1d5d39de
@@ -528,7 +542,7 @@ def by_generator(
     history = fit(objective, Noise(n, noise, classes, recipe.seed), replace(recipe, steps=recipe.total_steps(1000)), **run)
     return Distilled(history, objective.images[:int(objective.count)].clone())
 
-# %% ../nbs/09_data_free.ipynb #da96f0c8
+# %% ../nbs/09_data_free.ipynb #64ac3055
 def by_inversion(
     teacher:nn.Module, # Maps images to logits; it is frozen
     student:nn.Module, # Trained in place
@@ -545,6 +559,7 @@ def by_inversion(
 )->Distilled:
     "Rounds of inversion, each followed by a part of the student's training on all images so far."
     check_counts(temperature, images=images, rounds=rounds)
+    check_weights_of((('compete', compete), ('onehot', 1.)))
     where = lambda name: run | dict(folder=run['folder'] and Path(run['folder'])/name)
     settings, labels, pool, parts = form | settings, torch.arange(images) % classes, [], []
     steps = -(-recipe.total_steps(images * rounds) // rounds)

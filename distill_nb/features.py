@@ -154,7 +154,7 @@ class Adapter(nn.Module):
         "The translation, as a map."
         return self.conv(resize_map(as_map(features), self.size))
 
-# %% ../nbs/07_features.ipynb #ef699347
+# %% ../nbs/07_features.ipynb #e2657e46
 class Term(nn.Module):
     "Compares layers of the student with layers of the teacher. Subclass it and write `forward(student_features, teacher_features)`."
     def __init__(self,
@@ -180,9 +180,13 @@ class Term(nn.Module):
         "The loss of a batch, without its weight."
         raise NotImplementedError('a term needs a forward(student_features, teacher_features) that returns a scalar')
 
+    def one_pair(self):
+        "Raise a `ValueError` if there are several pairs; for a term that compares one."
+        if len(self.student_layers) > 1: raise ValueError(f'student_layer and teacher_layer must name one layer each, but are {self.student_layers!r} and {self.teacher_layers!r}; make a term for each pair.')
+
     def extra_repr(self): return f'{self.student_layers} ~ {self.teacher_layers}'
 
-# %% ../nbs/07_features.ipynb #60731248
+# %% ../nbs/07_features.ipynb #c7f07e35
 class Hint(Term):
     "FitNets: an adapter that is trained along translates the student's layer into the teacher's."
     def __init__(self,
@@ -191,6 +195,7 @@ class Hint(Term):
         reduction:str='mean', # As in `hint_loss`; with 'mean' a weight means the same for layers of all sizes
     ):
         super().__init__(student_layer, teacher_layer)
+        self.one_pair()
         _check_reduction(reduction)
         self.reduction, self.adapter = reduction, None
         self._seed = torch.randint(2**31, ()).item()
@@ -305,7 +310,7 @@ def rkd_angle_loss(
     same_end = torch.eye(B, dtype=torch.bool, device=loss.device)
     return loss.masked_fill(same_end, 0).sum() / max(B * (B - 1) * (B - 2), 1)
 
-# %% ../nbs/07_features.ipynb #d6d6e031
+# %% ../nbs/07_features.ipynb #443b6354
 class Relational(Term):
     "Relational distillation: distances and angles between the images of a batch, from layers of any shape."
     def __init__(self,
@@ -315,6 +320,7 @@ class Relational(Term):
         angle:float=50., # Weight of the angles; 50 in CRD's benchmark
     ):
         super().__init__(student_layer, teacher_layer)
+        self.one_pair()
         for name, weight in (('distance', distance), ('angle', angle)): _check_weight(name, weight)
         self.distance, self.angle = distance, angle
 

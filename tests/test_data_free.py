@@ -516,3 +516,29 @@ def test_pictures_are_a_data_set_without_labels():
     p = Pictures(x, CLASSES)
     batch = p.get(torch.tensor([3, 0]), torch.tensor([0, 0]))
     assert torch.equal(batch.x, x[[3, 0]]) and (p.y == UNLABELLED).all() and len(p) == 5 and p.to('cpu').fingerprint() == p.fingerprint() != Pictures(x + 1, CLASSES).fingerprint()
+
+
+class HasUnused(nn.Module):
+    "A network with layers that its forward pass does not reach."
+    def __init__(self, layer):
+        super().__init__()
+        self.conv, self.unused = nn.Conv2d(1, 3, SIDE), layer
+
+    def forward(self, x): return self.conv(x).flatten(1)
+
+
+def test_layers_that_the_forward_pass_does_not_reach_are_no_guides():
+    with pytest.raises(ValueError, match='no batch-norm statistics'): distill_without_data(HasUnused(nn.BatchNorm2d(4)), HasUnused(nn.Identity()), SIDE, recipe=RECIPE, **QUICK)
+    with pytest.raises(ValueError, match='no batch-norm statistics'): invert(HasUnused(nn.BatchNorm2d(4)), torch.arange(3), SIDE, Recipe(steps=2))
+    with pytest.raises(ValueError, match='activation must be 0'):
+        distill_without_data(HasUnused(nn.Linear(4, 3)), HasUnused(nn.Identity()), SIDE, recipe=RECIPE, statistics=0., activation=0.1, **QUICK)
+
+
+@pytest.mark.parametrize('bad,message', [
+    (dict(method='inversion', compete=-1.), 'compete must be'), (dict(method='inversion', compete=math.nan), 'compete must be'), (dict(method='inversion', compete='1'), 'compete must be'),
+    (dict(mean=[0.5], std=[0.]), 'std'), (dict(mean=[math.nan], std=[0.2]), 'mean'), (dict(mean=[0.5], std=[-1.]), 'std'), (dict(noise=0), 'noise'), (dict(spread=0.), 'spread')])
+def test_settings_that_could_never_work_are_refused(teacher, bad, message):
+    student = net()
+    before = fingerprint(student.state_dict())
+    with pytest.raises(ValueError, match=message): distill_without_data(teacher, student, SIDE, recipe=RECIPE, **bad)
+    assert fingerprint(student.state_dict()) == before

@@ -653,3 +653,8 @@ def test_of_a_cached_teacher_the_model_itself_is_asked():
     objective.prepare(batch.x)
     for _ in range(2): assert set(objective(batch)) == {'hard', 'soft', 'hint'}
     assert objective.teacher.model is teacher and cached.asked == 0
+
+
+@pytest.mark.parametrize('term', [Hint, Relational])
+def test_a_term_for_one_pair_refuses_several(term):
+    with pytest.raises(ValueError, match='one layer each'): term(['layer1', 'layer2'], ['layer1', 'layer2'])
