@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'IMAGENET', 'MOST', 'COLUMNS', 'Preset', 'preset', 'free_folder', 'is_free', 'check_folder',
-           'pretrained_model', 'normalisation_of', 'make_teacher', 'Job', 'chosen_methods', 'answering',
+           'pretrained_model', 'normalisation_of', 'make_teacher', 'Job', 'chosen_methods', 'answering', 'in_views',
            'answering_teacher', 'make_settings', 'prepare', 'train_teacher', 'settings_of', 'run_setting',
            'result_rows', 'table', 'show_setting', 'verdicts', 'draw_curves', 'draw_comparison', 'make_result',
            'make_report', 'write_run', 'distill_nb', 'command_line', 'describe_answers', 'run_job', 'run_command',
            'main', 'main_bench']
 
-# %% ../nbs/cli.ipynb #9f847b43
+# %% ../nbs/cli.ipynb #6dd79a76
 import base64, copy, html, json, math, shutil, sys, time, warnings
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -25,7 +25,7 @@ from .cache import CachedTeacher
 from .data import few_labels, load_data
 from .logits import check_teacher, compare, text_table
 from .losses import DistillationLoss
-from .methods import METHODS, Task, choose, contender
+from .methods import METHODS, Task, choose, contender, rehearse
 from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, write_atomic
 from .training import PRECISIONS, Recipe, Supervised, environment, evaluate, fit, fit_device
 
@@ -89,7 +89,7 @@ def check_folder(
     if changed: raise ValueError(f'out {str(folder)!r} holds another run ({"; ".join(changed)}); give another folder.')
     if not resume: raise ValueError(f'out {str(folder)!r} holds this run already: continue it with --resume, or give another folder.')
 
-# %% ../nbs/cli.ipynb #f4df0c73
+# %% ../nbs/cli.ipynb #51038228
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of torchvision's ImageNet weights
 
 def pretrained_model(
@@ -104,6 +104,7 @@ def pretrained_model(
     model.load_state_dict({k: t if k in own and t.shape == own[k].shape else own[k] for k, t in tensors.items() if k in own}, strict=False)
     return model
 
+# %% ../nbs/cli.ipynb #079de183
 def normalisation_of(
     weights:str, # A file of weights
     channels:int, # Channels of the images
@@ -117,6 +118,7 @@ def normalisation_of(
     if not good: raise ValueError(f"{weights!r} names a normalisation that is not one for {channels} channels: mean {named['mean']}, std {named['std']}.")
     return mean, std
 
+# %% ../nbs/cli.ipynb #6d8a31b7
 def make_teacher(
     name:str, # Name for `build_model`
     weights:str|None, # A file, 'imagenet', 'none', or None: ImageNet weights where a large network has them
@@ -158,7 +160,7 @@ def chosen_methods(
     if words == ['alone']: raise ValueError(f"method must name a way to distil, with which the student alone is compared, but is {method!r}.")
     return tuple(words)
 
-# %% ../nbs/cli.ipynb #cbc85878
+# %% ../nbs/cli.ipynb #8eeb253e
 MOST = 2e9  # bytes that the answers of all views may take before `auto` asks a live teacher instead
 
 def answering(
@@ -173,6 +175,14 @@ def answering(
     modes = {w: 'live' if w == 'live' else n if w == 'all' else int(w) for w in words}
     return {'distilled' if len(words) == 1 else f'distilled_{w}': mode for w, mode in modes.items()}
 
+# %% ../nbs/cli.ipynb #0c0da136
+def in_views(
+    data, # A training set
+    mode, # 'live', or a number of views
+): # A training set
+    "The images in the views that the teacher answers for."
+    return data if mode in ('live', data.augment.n) else data.replace(views=mode)
+
 def answering_teacher(
     job:Job, # What is run
     mode, # 'live', or a number of views
@@ -180,9 +190,8 @@ def answering_teacher(
     folder:Path, # The run folder
 )->tuple: # The teacher, and its transfer set
     "The teacher of a distilled student, and the images in the views that it answers for."
-    if mode == 'live': return job.teacher, transfer
-    data = transfer if mode == transfer.augment.n else transfer.replace(views=mode)
-    return CachedTeacher(job.teacher, data, folder/'work'/'answers'), data
+    data = in_views(transfer, mode)
+    return job.teacher if mode == 'live' else CachedTeacher(job.teacher, data, folder/'work'/'answers'), data
 
 # %% ../nbs/cli.ipynb #00854021
 def make_settings(
@@ -199,7 +208,7 @@ def make_settings(
 def _whole(name, value, least):
     if value < least: raise ValueError(f'{name} must be a whole number of at least {least}, but is {value}.')
 
-# %% ../nbs/cli.ipynb #8bca0cae
+# %% ../nbs/cli.ipynb #250dc1d7
 def prepare(
     o:dict, # The options of the command by name
     folder:Path, # Where the run goes
@@ -215,12 +224,13 @@ def prepare(
     if o['size'] is not None: _whole('size', o['size'], 4)
     device = fit_device(o['device'])
     if o['precision'] == 'float16' and device.type != 'cuda': raise ValueError(f"precision float16 needs a CUDA device, but the device is '{device}'.")
+    o = o | {k: ','.join(w.strip() for w in o[k].split(',')) for k in ('method', 'cache')}  # a list with other spaces is the same list
     options = {k: v for k, v in o.items() if k not in ('out', 'resume', 'root', 'device', 'compile')}
     check_folder(folder, options, o['resume'])
     data = load_data(o['data'], o['root'], o['size'], **({'skip_damaged': True} if o['skip_damaged'] else {}))
     return _job(o, folder, data, options, recipe_options, device)
 
-# %% ../nbs/cli.ipynb #405292e8
+# %% ../nbs/cli.ipynb #b6694405
 def _job(o, folder, data, options, recipe_options, device):
     "The second half of `prepare`: what needs the data."
     p, train = preset(o['data'], data.train.size), data.train
@@ -240,11 +250,15 @@ def _job(o, folder, data, options, recipe_options, device):
         if o[k] is not None and without: raise ValueError(f"{k} must be left out for {', '.join(without)}, where it is no setting to choose, but is {o[k]!r}.")
     if methods != ('kd',) and len(answers) > 1: raise ValueError(f"cache must be a single word where methods are compared, but is {o['cache']!r}.")
     for which, mode in answers.items():
-        try: CachedTeacher(copy.deepcopy(teacher), data.train.replace(views=None if mode == data.train.augment.n else mode), folder/'work'/'answers') if mode != 'live' else None
+        try: CachedTeacher(copy.deepcopy(teacher), in_views(data.train, mode), folder/'work'/'answers') if mode != 'live' else None
         except ValueError:
             if o['cache'] != 'auto': raise
             answers[which] = 'live'  # no room
-    return Job(data, teacher, trained, student, teaching, replace(p.learning, **recipe_options), methods, make_settings(data.train, o['labels']), answers, options, o['compile'], device)
+    learning, settings = replace(p.learning, **recipe_options), make_settings(data.train, o['labels'])
+    mode = next(iter(answers.values()))
+    for alone, transfer in settings.values():
+        for m in methods: rehearse(m, student(), Task(teacher, alone, in_views(transfer, mode), learning))
+    return Job(data, teacher, trained, student, teaching, learning, methods, settings, answers, options, o['compile'], device)
 
 # %% ../nbs/cli.ipynb #71101307
 def train_teacher(
@@ -290,7 +304,7 @@ def run_setting(
     contenders = {'alone': contender('alone', task, label_smoothing=0.)} | {m: contender(m if m in METHODS else 'kd', tasks[m], **chosen[m]) for m in tasks}
     return chosen, tries, compare(job.student, contenders, task.recipe, job.data.valid, job.data.test, job.teacher, job.options['seeds'], work, **kw)
 
-# %% ../nbs/cli.ipynb #0836424d
+# %% ../nbs/cli.ipynb #32e56e95
 def _binomial(p, n): return 1.96 * (p * (1 - p) / n) ** 0.5
 
 def result_rows(
@@ -309,7 +323,7 @@ def result_rows(
         for r in comparison.rows():
             over = 'test images' if r['ci95'] is None else 'seeds'
             if r['ci95'] is None: r['ci95'] = _binomial(r['accuracy'], n)
-            rows.append({'setting': setting, **r, 'interval_over': over, 'accuracies': comparison.values(r['model'], 'accuracy'), **cost['student'], 'seconds_per_epoch': r['seconds'] / epochs}
+            rows.append({'setting': setting, **r, 'interval_over': over, 'accuracies': comparison.values(r['model'], 'accuracy'), 'run_seconds': comparison.values(r['model'], 'seconds'), **cost['student'], 'seconds_per_epoch': r['seconds'] / epochs}
                         | ({'chosen': chosen[r['model']]} if r['model'] in chosen else {}) | ({'answers': job.answers[r['model']]} if r['model'] in job.answers else {}))
     return rows
 

@@ -169,7 +169,7 @@ class Pixels(nn.Module):
         "The images, as the teacher takes them."
         return self.limits(self.raw if index is None else self.raw[index])
 
-# %% ../nbs/09_data_free.ipynb #e44df887
+# %% ../nbs/09_data_free.ipynb #b23ddaf6
 class DeepInversion(Objective):
     "Images made from a teacher alone, Yin et al. 2020. They are what trains; `images()` returns them."
     def __init__(self,
@@ -186,14 +186,15 @@ class DeepInversion(Objective):
         norm:float=0.001, # α_2, weight of the images' norm
         compete:float=0., # α_c, weight of the competition
     ):
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or not len(labels): raise ValueError(f'labels must be a tensor of integers, shape (N,), N >= 1, but are {labels!r:.80}.')
         super().__init__(Pixels(torch.randn(len(labels), channels, size, size), PixelRange(mean, std)))
-        self.teacher = GlassTeacher(teacher)
-        self.rival = None if student is None else GlassTeacher(copy.deepcopy(student))
-        self.register_buffer('labels', labels)
+        self.register_buffer('labels', labels.long())
         self.weights = tuple(dict(onehot=onehot, statistics=statistics, variation=variation, norm=norm, compete=compete).items())
         check_weights_of(self.weights)
         if statistics and not bn_layers(teacher): raise ValueError(NO_STATISTICS.format(statistics))
         if compete and student is None: raise ValueError(f'student must be given for the competition, since compete={compete}; or let compete=0.')
+        self.teacher = GlassTeacher(teacher)  # frozen when nothing can go wrong any more
+        self.rival = None if student is None else GlassTeacher(copy.deepcopy(student))
 
     def images(self)->Tensor: # Shape (N, channels, H, W)
         "The images as they are now, as a copy."
@@ -239,16 +240,15 @@ def check(self:DeepInversion, data, valid=None):
     check_labels_of(self.teacher.model, self.labels, self.images()[:2])
     check_guides(self.teacher, self.images()[:2], self.weights)
 
-# %% ../nbs/09_data_free.ipynb #c488f9f5
+# %% ../nbs/09_data_free.ipynb #3bbc0a96
 def check_labels_of(
     teacher:nn.Module, # Maps images to logits (B, C)
-    labels:Tensor, # Wanted classes, shape (N,)
+    labels:Tensor, # Wanted classes, int64, shape (N,)
     x:Tensor, # Two images
 ):
     "Raise a `ValueError` unless `teacher` takes the images and knows the classes."
     C = answer_shape(teacher, x, 'the teacher')
-    if labels.ndim != 1 or labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < C:
-        raise ValueError(f'labels must be integers from 0 to {C - 1}, shape (N,), but are {labels.dtype} of shape {tuple(labels.shape)} from {labels.min().item()} to {labels.max().item()}.')
+    if not 0 <= labels.min() <= labels.max() < C: raise ValueError(f'labels must be integers from 0 to {C - 1}, but reach from {labels.min().item()} to {labels.max().item()}.')
 
 def check_guides(
     teacher:nn.Module, # A `GlassTeacher`
@@ -290,12 +290,12 @@ def check_pair(
     if own != wanted: raise ValueError(f'the student tells {own} classes apart, but the teacher {wanted}; they must be the same.')
     return own
 
-# %% ../nbs/09_data_free.ipynb #67eb0d23
+# %% ../nbs/09_data_free.ipynb #89bd345c
 INVERSION = Recipe(steps=100, optimizer='adam', lr=0.2, weight_decay=0., warmup=0.1)  # how `invert` trains pixels
 
 def invert(
     teacher:nn.Module, # Maps images to logits; it is frozen
-    labels:Tensor, # The class that each image shall be of, shape (N,)
+    labels:Tensor, # The class that each image shall be of, whole numbers, shape (N,)
     size:int, # Side of the images
     recipe:Recipe=INVERSION, # All images are one batch, whatever its batch size
     folder:str|Path|None=None, # Checkpoint, as in `fit`
@@ -371,7 +371,7 @@ def as_constant(
     tensors = {k: p.detach() for k, p in model.named_parameters()} | {k: b.detach().clone() for k, b in model.named_buffers()}
     return functional_call(model, tensors, (x,))
 
-# %% ../nbs/09_data_free.ipynb #dda48f90
+# %% ../nbs/09_data_free.ipynb #85237501
 class DataFree(Objective):
     "Generator and student trained together against a frozen teacher, without data."
     def __init__(self,
@@ -388,7 +388,7 @@ class DataFree(Objective):
         replay:int=256, # Kept images in a step of the student
     ):
         super().__init__(student)
-        self.teacher, self.generator, self.temperature, self.replay = GlassTeacher(teacher), generator, temperature, replay
+        self.generator, self.temperature, self.replay = generator, temperature, replay
         self.weights = tuple(dict(onehot=onehot, activation=activation, balance=balance, statistics=statistics, adversarial=adversarial).items())
         check_weights_of(self.weights)
         check_counts(temperature, memory=memory, replay=replay)
@@ -397,6 +397,7 @@ class DataFree(Objective):
         self.register_buffer('images', torch.zeros(memory, *example.shape[1:]))
         self.register_buffer('answers', torch.zeros(memory, answer_shape(teacher, example, 'the teacher')))
         self.register_buffer('count', torch.zeros((), dtype=torch.long))
+        self.teacher = GlassTeacher(teacher)  # frozen when nothing can go wrong any more
 
 # %% ../nbs/09_data_free.ipynb #70d69481
 @patch

@@ -332,24 +332,25 @@ class Relational(Term):
 def _check_weight(name, weight):
     if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf: raise ValueError(f'{name} must be a finite number of at least 0, but is {weight!r}.')
 
-# %% ../nbs/07_features.ipynb #789ee8a8
+# %% ../nbs/07_features.ipynb #19e81c54
 class FeatureDistill(Distill):
     "Logit matching with terms that compare layers: (1−α)·CE + α·T²·KL + Σ weight·term, from one forward of student and teacher."
     def __init__(self,
         student:nn.Module, # The model to train: maps images to logits (B, C)
         teacher:nn.Module, # Maps images to logits (B, C); it is frozen. Of a `CachedTeacher` the model itself is asked: inner layers are not kept
-        terms:dict, # {name: (term, weight)}, e.g. {'hint': (Hint('layer2', 'layer2'), 100.)}; the terms are copied
+        terms:dict, # {name: (term, weight)}, e.g. {'hint': (Hint('layer2', 'layer2'), 100.)}; the terms are copied, and one with weight 0 is left out
         temperature:float=4., # T > 0
         alpha:float=0.9, # Weight of the soft part, in [0, 1]; 0: labels and features only
         divergence=kd_loss, # As in `Distill`
         standardize:bool=False, # As in `Distill`
     ):
-        super().__init__(student, teacher.model if isinstance(teacher, Frozen) else teacher, temperature, alpha, divergence, standardize)
+        teacher = teacher.model if isinstance(teacher, Frozen) else teacher
         _check_terms(terms)
-        self.terms = nn.ModuleDict({name: copy.deepcopy(term) for name, (term, _) in terms.items()})
-        self.weights = tuple(weight for _, weight in terms.values())
-        self.student_layers = _layers(self.terms, 'student', self.model)
-        self.teacher_layers = _layers(self.terms, 'teacher', self.teacher.model)
+        made = {name: copy.deepcopy(term) for name, (term, weight) in terms.items() if weight}
+        layers = _layers(made, 'student', student), _layers(made, 'teacher', teacher)
+        super().__init__(student, teacher, temperature, alpha, divergence, standardize)  # freezes the teacher, so it comes last
+        self.terms, self.weights = nn.ModuleDict(made), tuple(weight for _, weight in terms.values() if weight)
+        self.student_layers, self.teacher_layers = layers
 
 # %% ../nbs/07_features.ipynb #8e8fb9ca
 def _layers(terms, side, model):
@@ -413,11 +414,11 @@ def check(self:FeatureDistill, data, valid=None):
     two = torch.zeros(2, dtype=torch.long, device=data.device)
     self.prepare(data.get(two, two).x)
 
-# %% ../nbs/07_features.ipynb #4d37321a
+# %% ../nbs/07_features.ipynb #06cd8d62
 def cka(
     x:Tensor, # Features of n images, shape (n, ...)
     y:Tensor, # Other features of the same images, shape (n, ...)
-)->float: # Between 0 and 1; 0 where one of them is constant
+)->float: # Between 0 and 1; 0 where one of them is constant, nan where one is not finite
     "Linear centred kernel alignment, Kornblith et al. 2019, section 3."
     _check_batches(x, y)
     def gram(features):
@@ -426,7 +427,7 @@ def cka(
         return f @ f.T                                     # (n, n): ‖YᵀX‖² is the sum of the products of both
     K, L = gram(x), gram(y)
     scale = (K.norm() * L.norm()).item()
-    return (K * L).sum().item() / scale if scale > 0 else 0.
+    return (K * L).sum().item() / scale if scale else 0.
 
 # %% ../nbs/07_features.ipynb #28024cfb
 @torch.no_grad()

@@ -53,7 +53,7 @@ def check_teacher(
                          'these classes, it sees the images in another form than in its training, or these are too few images to tell. Fine-tune it first, or check the normalisation.')
     return e.accuracy
 
-# %% ../nbs/05_logits.ipynb #608e62a8
+# %% ../nbs/05_logits.ipynb #8aec1978
 class Distill(Objective):
     "Logit matching: (1−α)·CE(hard labels) + α·T²·KL(teacher ‖ student). Images without a label have only the soft part."
     def __init__(self,
@@ -65,8 +65,8 @@ class Distill(Objective):
         standardize:bool=False, # Logit standardisation, Sun et al. 2024
     ):
         super().__init__(student)
+        self.loss = DistillationLoss(temperature, alpha, divergence, standardize)  # its errors come before the teacher is frozen
         self.teacher = teacher if isinstance(teacher, Frozen) else Frozen(teacher)
-        self.loss = DistillationLoss(temperature, alpha, divergence, standardize)
 
     def forward(self, batch:Batch)->dict:
         "The weighted parts of the loss, as `{'hard': ..., 'soft': ...}`."

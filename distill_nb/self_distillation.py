@@ -49,12 +49,12 @@ class Generations:
         "All generations as one model."
         return Ensemble(self.models)
 
-# %% ../nbs/08_self.ipynb #f1b1974f
+# %% ../nbs/08_self.ipynb #cc9620fe
 def born_again(
     make_student, # Called without arguments; makes a new network (the seed is set before)
     data, # Training data with labels
     recipe, # How to train each generation
-    valid, # Validation split
+    valid=None, # Validation split; None: no accuracies
     generations:int=3, # How many, generation 0 included
     temperature:float=1., # T > 0
     alpha:float=0.5, # Weight of the soft part from generation 1 on, in [0, 1]
@@ -75,16 +75,17 @@ def born_again(
         where = folder and Path(folder)/f'generation-{k}'
         made.histories.append(fit(teach(model), data, replace(recipe, seed=seed), valid, where, True, device.type, progress))
         made.models.append(model)
-        made.accuracies.append(evaluate(model, valid.to(device)).accuracy)
+        if valid is not None: made.accuracies.append(evaluate(model, valid.to(device)).accuracy)
     return made
 
-# %% ../nbs/08_self.ipynb #0224894d
+# %% ../nbs/08_self.ipynb #4817b4bb
 class Ensemble(nn.Module):
     "Several models as one: the mean of their probabilities, returned as its logarithm. Furlanello et al. 2018, section 3.3."
     def __init__(self,
         models, # Modules that map images to logits of the same classes
     ):
         super().__init__()
+        if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList): raise ValueError(f'models must be a list of models, but is a single {type(models).__name__}.')
         models = list(models)
         _must(len(models) >= 1, 'models', models, 'at least 1 model')
         self.models = nn.ModuleList(models)
@@ -279,7 +280,7 @@ def feature_distance(
     "Squared Euclidean distance, summed over features and averaged over the batch, Zhang et al. 2019, loss source 3."
     return (upcast(features) - upcast(deepest)).square().sum(1).mean()
 
-# %% ../nbs/08_self.ipynb #5021a36d
+# %% ../nbs/08_self.ipynb #94616da0
 class BeYourOwnTeacher(Objective):
     "Early exits that learn from the labels and from the deepest one, Zhang et al. 2019."
     def __init__(self,
@@ -287,9 +288,10 @@ class BeYourOwnTeacher(Objective):
         temperature:float=3., # T > 0
         alpha:float=0.3, # Weight of the deepest exit's answers against the labels, in [0, 1]
         feature_weight:float=1e-3, # λ >= 0, weight of the distance to the deepest features
-        layers=None, # As in `EarlyExits`
-        shape:tuple=None, # As in `EarlyExits`
+        layers=None, # As in `EarlyExits`; not with one
+        shape:tuple=None, # As in `EarlyExits`; not with one
     ):
+        if isinstance(student, EarlyExits) and not (layers is None and shape is None): raise ValueError(f'layers and shape must be left out for an EarlyExits, which has its exits already, but are {layers!r} and {shape!r}.')
         super().__init__(student if isinstance(student, EarlyExits) else EarlyExits(student, layers, shape))
         self.loss, self.feature_weight = DistillationLoss(temperature, alpha), feature_weight
         _must(0 <= feature_weight < math.inf, 'feature_weight', feature_weight, 'a finite number of at least 0')
@@ -321,9 +323,8 @@ def measure_exits(
     accuracy = [(z.argmax(1) == data.y).double().mean().item() for z in exit_logits(exits, data)]
     return [c | {'accuracy': a} for c, a in zip(exit_costs(exits, tuple(b.x.shape[1:])), accuracy)]
 
-# %% ../nbs/08_self.ipynb #58be2272
+# %% ../nbs/08_self.ipynb #1ff154e9
 @patch
-@torch.no_grad()
 def until_sure(self:EarlyExits,
     x:Tensor, # One image, shape (1, channels, H, W)
     threshold:float=0.9, # Stop at the first exit whose highest probability reaches it
@@ -334,7 +335,7 @@ def until_sure(self:EarlyExits,
         exit = self.layers.index(name)
         logits = self.heads[exit](output)[1]
         if logits.softmax(1).max() >= threshold: return logits, exit
-    answer = _listen(self.backbone, self.layers, x, hear)
+    with evaluating(self): answer = _listen(self.backbone, self.layers, x, hear)
     return answer if isinstance(answer, tuple) else (answer, len(self) - 1)
 
 # %% ../nbs/08_self.ipynb #307492e4

@@ -78,7 +78,7 @@ def test_a_finished_run_is_only_read_again_when_asked(finished, capsys):
     assert '--resume' in capsys.readouterr().err
     assert command(*QUICK, '--out', finished, '--resume') == 0
     after = json.loads((finished/'result.json').read_text())
-    strip = lambda r: [{k: v for k, v in row.items() if k not in ('latency_ms', 'seconds', 'seconds_per_epoch')} for row in r['rows']]
+    strip = lambda r: [{k: v for k, v in row.items() if k not in ('latency_ms', 'seconds', 'run_seconds', 'seconds_per_epoch')} for row in r['rows']]
     assert strip(after) == strip(before)
 
 
@@ -137,6 +137,7 @@ def test_methods_can_be_compared_with_the_same_number_of_tries(tmp_path, capsys)
         rows = {r['model']: r for r in result['rows'] if r['setting'] == setting}
         assert list(rows) == ['teacher', 'alone', 'dkd', 'self'] and all(rows[m]['seconds_per_epoch'] > 0 for m in list(rows)[1:])
         assert all(rows[m]['accuracy'] == pytest.approx(sum(rows[m]['accuracies'])/len(rows[m]['accuracies'])) for m in list(rows)[1:])
+        assert all(rows[m]['seconds'] == pytest.approx(sum(rows[m]['run_seconds'])/2) for m in list(rows)[1:])
         assert set(rows['dkd']['chosen']) == {'temperature', 'alpha', 'beta'} and 'difference' in rows['dkd']
         assert [sum(t['method'] == m for t in result['tries'][setting]) for m in ('alone', 'dkd', 'self')] == [4, 4, 4]
     assert 'With few labels, dkd (T=' in capsys.readouterr().out
@@ -185,7 +186,7 @@ def bad_files(tmp_path_factory):
     (['--data', 'folder:ONE'], 'class'), (['--data', 'folder:DAMAGED'], '0.png'), (['--teacher', 'resnet57'], 'resnet56'), (['--student', 'torchvision:resnet19'], 'resnet18'),
     (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'BAD/damaged.safetensors'], 'damaged'), (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
     (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'), (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'), (['--temperature', '1e300'], 'temperature'), (['--batch_size', '1000000000000'], 'batch_size'), (['--precision', 'float16', '--device', 'cpu'], 'float16'),
-    (['--method', 'magic'], 'born_again'), (['--method', 'alone'], 'method'), (['--method', 'hint', '--temperature', '2'], 'temperature must be left out for hint'), (['--method', 'kd,kd'], 'method'), (['--method', 'dkd,dist', '--cache', 'live,2'], 'cache'), (['--cache', '0'], 'cache'), (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'), (['--cache', ''], 'cache'),
+    (['--method', 'magic'], 'born_again'), (['--method', 'alone'], 'method'), (['--method', 'hint', '--temperature', '2'], 'temperature must be left out for hint'), (['--method', 'kd,kd'], 'method'), (['--method', 'kd,self', '--cache', '1'], 'method self'), (['--method', 'dkd,dist', '--cache', 'live,2'], 'cache'), (['--cache', '0'], 'cache'), (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'), (['--cache', ''], 'cache'),
     (['--teacher_weights', 'BAD/nan.safetensors'], 'not finite'), (['--teacher_weights', 'BAD/foreign.safetensors'], 'foreign.safetensors'), (['--out', 'BAD/other'], 'holds no run')])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_path, capsys):
     places = {'BAD': str(bad_files), 'DAMAGED': str(bad_files/'damaged_photos'), 'ONE': str(bad_files/'one_class'), 'EMPTY': str(bad_files/'empty')}
@@ -197,6 +198,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_pat
     err = capsys.readouterr().err
     assert code == 2 and err.count('\n') == 1 and err.startswith('distill_nb: ') and said in err, err
     assert not out.exists() and sorted(p.name for p in (bad_files/'other').iterdir()) == before
+
+
+@pytest.mark.parametrize('method', ['hint', 'attention', 'byot', 'data_free'])
+def test_a_method_that_the_networks_cannot_have_is_refused_before_the_teacher_is_trained(method, tmp_path, monkeypatch, capsys):
+    def plain(name, classes, channels, size): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels*size*size, classes))
+    monkeypatch.setattr(cli, 'build_model', plain)
+    assert command(*QUICK[:-4], '--method', f'kd,{method}', '--out', tmp_path/'run') == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f'distill_nb: method {method} does not work here: ') and err.count('\n') == 1 and not (tmp_path/'run').exists()
+
+
+def test_a_list_with_other_spaces_is_the_same_run(tmp_path, capsys):
+    run = lambda methods, *more: command('--epochs', 1, '--teacher_epochs', 4, '--seeds', 1, '--method', methods, '--temperature', 4, '--alpha', 0.9, '--labels', 0, '--out', tmp_path/'run', *more)
+    assert run('kd,kd_std') == 0 and run('kd, kd_std', '--resume') == 0
+    assert run('kd_std,kd', '--resume') == 2 and "method was 'kd,kd_std' and is 'kd_std,kd'" in capsys.readouterr().err
 
 
 def test_damaged_images_can_be_skipped(bad_files, tmp_path, capsys):

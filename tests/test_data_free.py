@@ -494,11 +494,20 @@ def test_wrong_models_and_data_are_refused(teacher):
     with pytest.raises(ValueError, match='channels must be given'): find_channels(nn.Linear(3, 3))
     assert find_channels(nn.Linear(3, 3), [0.1, 0.2, 0.3]) == 3 and find_channels(teacher) == 1
     with pytest.raises(ValueError, match='labels must be integers from 0 to 2'): invert(teacher, torch.tensor([0, 3]), SIDE, **QUICK)
+    for labels in ([0, 1], torch.tensor([0., 1.]), torch.zeros(2, 2, dtype=torch.long), torch.zeros(0, dtype=torch.long)):
+        with pytest.raises(ValueError, match='labels must be a tensor of integers'): invert(teacher, labels, SIDE, **QUICK)
     with pytest.raises(ValueError, match='student must be given'): DeepInversion(teacher, torch.arange(3), SIDE, compete=1.)
     with pytest.raises(ValueError, match='valid must be None'): fit(DeepInversion(teacher, torch.arange(3), SIDE), Noise(3, 1, CLASSES), RECIPE, images(), **QUICK)
     with pytest.raises(ValueError, match='one index for each of the 3 images'): fit(DeepInversion(teacher, torch.arange(3), SIDE), Noise(4, 1, CLASSES), RECIPE, **QUICK)
     headless = nn.Sequential(nn.Conv2d(1, CLASSES, 3), nn.BatchNorm2d(CLASSES), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match='activation must be 0'): distill_without_data(headless, net(), SIDE, recipe=RECIPE, activation=0.1, **QUICK)
+
+
+def test_a_teacher_is_not_frozen_by_an_objective_that_could_not_be_made():
+    fresh = net()
+    for make in (lambda: DeepInversion(fresh, torch.arange(3), SIDE, compete=1.), lambda: DeepInversion(fresh, torch.arange(3), SIDE, norm=-1.), lambda: made(fresh, temperature=0.), lambda: made(fresh, balance=-1.)):
+        with pytest.raises(ValueError): make()
+    assert all(p.requires_grad for p in fresh.parameters())
 
 
 def run_inversion(teacher, student): return distill_without_data(teacher, student, SIDE, 'inversion', RECIPE, rounds=1, images=6, inversion=Recipe(steps=2), **QUICK)

@@ -548,6 +548,13 @@ def test_everything_that_can_not_be_is_refused_before_the_first_step(teacher):
     with pytest.raises(ValueError, match='no adapter yet'): FeatureDistill(student(), teacher, terms())(data.get(torch.arange(4)))
 
 
+@pytest.mark.parametrize('bad', [dict(terms=None), dict(terms={'hint': (Hint('layer9', 'layer1'), 1.)}), dict(terms={'hint': (Hint('layer1', 'layer9'), 1.)}), dict(temperature=0.), dict(alpha=2.)])
+def test_a_teacher_is_not_frozen_by_an_objective_that_could_not_be_made(bad):
+    guide = digit_teacher(CLASSES)
+    with pytest.raises(ValueError): FeatureDistill(student(), guide, **dict(terms={}) | bad)
+    assert guide.training and all(p.requires_grad for p in guide.parameters())
+
+
 def test_the_first_tensor_of_a_tuple_is_taken(teacher):
     torch.manual_seed(0)
     objective = FeatureDistill(Odd(), teacher, {'relational': (Relational('lstm', 'fc:input'), 1.)})
@@ -582,6 +589,20 @@ def test_stages_are_paired_by_depth(teacher):
     with pytest.raises(ValueError, match='no linear layer'): feature_method('relational', student(), nn.Sequential(nn.Flatten()))
     with pytest.raises(ValueError, match="name must be one of hint, attention, relational, but is 'magic'"): feature_method('magic', student(), teacher)
     assert feature_method('hint', student(), teacher, weight=0.5).weights == (0.5,)
+
+
+def test_the_similarity_of_what_is_no_number_is_no_number():
+    x, y = torch.randn(9, 4), torch.randn(9, 3)
+    for wrong in (math.nan, math.inf): assert math.isnan(cka(x.index_fill(0, torch.tensor(2), wrong), y)) and math.isnan(cka(y, x.index_fill(0, torch.tensor(2), wrong)))
+    assert cka(torch.ones(9, 4), y) == 0
+
+
+def test_a_term_with_weight_0_is_left_out(teacher):
+    class Breaks(Relational):
+        def forward(self, student_features, teacher_features): return torch.tensor(math.inf)
+    objective = FeatureDistill(student(), teacher, {'off': (Breaks('fc', 'fc'), 0.), 'hint': (Hint('layer1', 'layer1'), 0.), 'on': (Relational('fc', 'fc'), 1.)})
+    parts = objective(images().get(torch.arange(4)))
+    assert list(parts) == ['hard', 'soft', 'on'] and sum(parts.values()).isfinite()
 
 
 def test_similarity_and_pictures(teacher):

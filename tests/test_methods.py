@@ -8,7 +8,7 @@ from distill_nb.cache import CachedTeacher
 from distill_nb.data import digits, few_labels
 from distill_nb.logits import compare
 from distill_nb.losses import UNLABELLED
-from distill_nb.methods import METHODS, Task, choose, contender, grid
+from distill_nb.methods import METHODS, Task, choose, contender, grid, rehearse
 from distill_nb.models import digit_student, digit_teacher, fingerprint
 from distill_nb.training import Recipe, Supervised, fit
 
@@ -44,18 +44,13 @@ def test_every_method_trains_the_student_and_leaves_the_teacher(name, task):
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_path):
+def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_path, interrupt):
     task = task._replace(recipe=replace(RECIPE, steps=80))
     def run(folder, resume=False, stop=None):
         torch.manual_seed(1)
-        student, calls = digit_student(), []
+        student = digit_student()
         objective, data, *own = contender(name, task, **METHODS[name].grid[0])(student)
-        forward = objective.forward
-        def counted(batch):
-            if len(calls) == stop: raise KeyboardInterrupt
-            calls.append(1)
-            return forward(batch)
-        objective.forward = counted
+        calls = interrupt(objective, stop)
         fit(objective, data, replace(own[0] if own else RECIPE, steps=110, batch_size=16, precision='bfloat16'), None, folder, resume, save_every=0)
         return fingerprint(student.state_dict()), len(calls)
     whole, steps = run(tmp_path/'whole')
@@ -80,6 +75,18 @@ def test_without_data_no_image_is_read(task):
         def __getattr__(self, name): raise AssertionError(f'{name} was read')
     objective, data, recipe = contender('data_free', task._replace(labelled=Closed(), transfer=Closed()), balance=5.)(digit_student())
     fit(objective, data, replace(recipe, steps=2))
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_rehearsal_changes_nothing_that_comes_later(name, task):
+    teacher = digit_teacher()  # never trained, as before a run
+    before, grads = fingerprint(teacher.state_dict()), [p.requires_grad for p in teacher.parameters()]
+    torch.manual_seed(3)
+    student = digit_student()
+    state = torch.get_rng_state()
+    rehearse(name, student, task._replace(teacher=teacher))
+    assert torch.equal(torch.get_rng_state(), state) and fingerprint(teacher.state_dict()) == before
+    assert [p.requires_grad for p in teacher.parameters()] == grads and teacher.training
 
 
 def test_the_choice_is_the_best_on_the_validation_split(task):

@@ -301,7 +301,23 @@ def test_a_layer_that_is_overwritten_in_place_gives_the_same_in_training_and_whe
     assert torch.equal(exits.until_sure(x[:1], 0.)[0], exits(x[:1], 0))
 
 
+def test_stopping_when_sure_leaves_a_network_that_trains_as_it_was():
+    exits = EarlyExits(staged(), shape=(1, 8, 8)).train()
+    before, x = fingerprint(exits.state_dict()), torch.randn(1, 1, 8, 8)
+    logits, k = exits.until_sure(x, 1.01)
+    assert exits.training and exits.backbone.training and fingerprint(exits.state_dict()) == before and not logits.requires_grad
+    assert torch.equal(logits, exits.eval()(x)) and k == len(exits) - 1
+
+
+def test_generations_without_a_validation_split_have_no_accuracies():
+    made = born_again(net, images(), replace(RECIPE, steps=2), generations=2)
+    assert len(made.models) == 2 and made.accuracies == []
+
+
 def test_other_refusals_of_exits():
+    with pytest.raises(ValueError, match='layers and shape must be left out'): BeYourOwnTeacher(EarlyExits(staged(), shape=(1, 8, 8)), layers=['layer1'])
+    with pytest.raises(ValueError, match='models must be a list of models'): Ensemble(staged())
+    assert len(Ensemble(nn.ModuleList([net(), net()])).models) == 2
     with pytest.raises(ValueError, match=r'layers must be given.*its parts are a, act'): EarlyExits(Odd())
     with pytest.raises(ValueError, match='shape must be given'): EarlyExits(nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), ['1'])
     with pytest.raises(ValueError, match=r'does not take \(1, 32, 32\)'): EarlyExits(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)), ['0'])

@@ -382,17 +382,12 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
-def test_a_resume_in_channels_last_puts_the_optimisers_memory_beside_its_weights(tmp_path, optimizer):
+def test_a_resume_in_channels_last_puts_the_optimisers_memory_beside_its_weights(tmp_path, optimizer, interrupt):
     data, recipe = images(64), replace(RECIPE, steps=8, batch_size=16, optimizer=optimizer, precision='bfloat16')
     def run(folder, stop=None):
         torch.manual_seed(0)
-        objective, calls = Supervised(resnet8(len(data.classes), data.channels)), []
-        forward = objective.forward
-        def counted(batch):
-            if len(calls) == stop: raise KeyboardInterrupt
-            calls.append(1)
-            return forward(batch)
-        objective.forward = counted
+        objective = Supervised(resnet8(len(data.classes), data.channels))
+        calls = interrupt(objective, stop)
         fit(objective, data, recipe, None, folder, resume=True, save_every=0)
         return objective.model.state_dict(), len(calls)
     whole, _ = run(tmp_path/'whole')
