@@ -39,7 +39,7 @@ class Form:
         value, place = (2 if self.dtype == 'float32' else 1), (1 if self.classes <= 2**15 else 2)
         return self.classes*value if self.top is None else self.top*(value + place) + 2
 
-# %% ../nbs/06_cache.ipynb #2e70746f
+# %% ../nbs/06_cache.ipynb #53f8e6ce
 @patch
 def pack(self:Form,
     logits:Tensor, # The teacher's answers, shape (B, C)
@@ -53,6 +53,7 @@ def pack(self:Form,
     place = place.to(torch.int16 if self.classes <= 2**15 else torch.int32)
     return torch.cat([t.contiguous().view(torch.int16) for t in (best.to(dtype), place, level)], 1)
 
+# %% ../nbs/06_cache.ipynb #5f8c2cc8
 @patch
 def unpack(self:Form,
     records:Tensor, # int16, shape (B, words)
@@ -75,7 +76,7 @@ def checksum(
     total = (((records.long() & 0xffff) + 1)*weights).sum(1)
     return (mix(total, rows) % (2**31 - 1) + 1).int()[:, None].view(torch.int16)
 
-# %% ../nbs/06_cache.ipynb #623b507a
+# %% ../nbs/06_cache.ipynb #39f09b3e
 HEAD = 4096  # bytes of text before the records
 
 def make_file(
@@ -93,6 +94,7 @@ def make_file(
             if not path.exists(): os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)
 
+# %% ../nbs/06_cache.ipynb #534b41e0
 def reserve(
     path:Path, # A file that exists
     size:int, # Bytes that it must have
@@ -106,7 +108,7 @@ def reserve(
         if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
         else: f.truncate(size)
 
-# %% ../nbs/06_cache.ipynb #e3a6e612
+# %% ../nbs/06_cache.ipynb #be4cfaa0
 def read_head(
     path:Path, # A file of answers
     about:dict, # What it must have been made from
@@ -119,6 +121,7 @@ def read_head(
     for k, now in about.items():
         if found.get(k) != now: raise ValueError(f'{str(path)!r} was made from another {k}: it names {found.get(k)}, and this run has {now}. Give another path.')
 
+# %% ../nbs/06_cache.ipynb #a09752d9
 def map_file(
     path:Path, # The file; made or lengthened if need be
     about:dict, # What it is made from
@@ -184,7 +187,7 @@ def _note(self:Answers, rows, records):
     self.known[new] = True  # before the count: whoever is interrupted in between asks too often, never too seldom
     self.left -= fresh
 
-# %% ../nbs/06_cache.ipynb #a2e2fae9
+# %% ../nbs/06_cache.ipynb #55cf5a77
 @patch
 def missing(self:Answers,
     rows:Tensor, # Shape (B,)
@@ -194,6 +197,7 @@ def missing(self:Answers,
     if self.shared and unknown.any(): self.look(rows[unknown])
     return ~self.known[rows]
 
+# %% ../nbs/06_cache.ipynb #68292729
 @patch
 def write(self:Answers,
     rows:Tensor, # Where they belong, shape (B,)
@@ -233,7 +237,7 @@ class CachedTeacher(Frozen):
 
     def __getstate__(self): return super().__getstate__() | {'_tables': {}}  # a copy opens the file anew
 
-# %% ../nbs/06_cache.ipynb #2ae57c1d
+# %% ../nbs/06_cache.ipynb #a08da19f
 @patch(as_prop=True)
 def rows(self:CachedTeacher):
     "How many questions there are."
@@ -254,6 +258,7 @@ def extra_repr(self:CachedTeacher):
     kept = f'top {self.form.top} of {self.form.classes:,}' if self.form.top else f'{self.form.classes:,}'
     return f'{len(self.data):,} images x {self.data.n_views:,} views x {kept} logits as {self.form.dtype}, {human(self.nbytes)}B'
 
+# %% ../nbs/06_cache.ipynb #a3a539dd
 @patch
 def _check_room(self:CachedTeacher):
     "Raise a `ValueError` if the answers can't be kept."
@@ -301,7 +306,7 @@ def _watch(self:CachedTeacher):
     if self._weights and self._weights[1] != name: self._tables = {}
     self._weights = marks, name
 
-# %% ../nbs/06_cache.ipynb #34396886
+# %% ../nbs/06_cache.ipynb #e06e13cc
 @patch
 @torch.compiler.disable
 @torch.no_grad()
@@ -321,6 +326,7 @@ def forward(self:CachedTeacher,
     if ask.any(): self._ask(batch, table, rows, ask, outside, out)
     return out
 
+# %% ../nbs/06_cache.ipynb #6c7f2514
 @patch
 def _ask(self:CachedTeacher, batch, table, rows, ask, outside, out):
     "Ask the teacher about some of a batch, keep what can be kept, and put the answers into `out`."
@@ -358,7 +364,7 @@ def check(self:CachedTeacher,
     self._table(data.device, ('cuda', 'cpu', 'xpu', 'mps'))
     self._promised = True
 
-# %% ../nbs/06_cache.ipynb #9de03079
+# %% ../nbs/06_cache.ipynb #d7617ba9
 @patch
 def fill(self:CachedTeacher,
     batch_size:int=256, # Images that are asked about at a time
@@ -378,6 +384,7 @@ def fill(self:CachedTeacher,
         for batch in self.data.to(device).stream(self._open_questions(batch_size, device, bar)): self(batch._replace(x=batch.x.to(memory_format=order)))
     return self
 
+# %% ../nbs/06_cache.ipynb #a62c07cf
 @patch
 def _open_questions(self:CachedTeacher, batch_size, device, bar):
     "Yield (index, view) of all batches in which something is missing."
