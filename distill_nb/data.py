@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     index: Tensor  # Position of each image in its data set, int64, shape (B,)
     view: Tensor  # Number of the augmentation, int64, shape (B,); 0 is none
 
-# %% ../nbs/02_data.ipynb #e36bbb94
+# %% ../nbs/02_data.ipynb #bd1d3f6f
 def show_images(
     x:Tensor,  # Pixels, uint8, shape (N, channels, H, W)
     titles=None,  # One for each image
@@ -40,7 +40,7 @@ def show_images(
     rows = -(-len(x)//columns)
     fig, axes = plt.subplots(rows, columns, figsize=(0.65*columns, (0.85 if titles else 0.68)*rows), dpi=100, squeeze=False)
     for ax in axes.flat: ax.axis('off')
-    for ax, image in zip(axes.flat, x): ax.imshow(image.permute(1, 2, 0).cpu(), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+    for ax, image in zip(axes.flat, x): ax.imshow(image.permute(1, 2, 0).cpu().numpy(), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
     for ax, title in zip(axes.flat, titles or ()): ax.set_title(title, fontsize=8)
     fig.tight_layout(pad=0.4)
 

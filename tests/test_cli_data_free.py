@@ -1,0 +1,135 @@
+"""The command that needs a trained teacher and no images."""
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from distill_nb import cli, data_free
+from distill_nb.cli import distill_nb_data_free, head_of, picture_of, run_command, table
+from distill_nb.data import digits
+from distill_nb.models import build_model, load_weights, read_weights, save_weights
+from distill_nb.training import Recipe, Supervised, evaluate, fit
+
+PAIR = ['--teacher', 'digit_teacher', '--student', 'digit_student']
+SHAPE = ['--channels', '1', '--size', '8']
+
+
+def command(*argv): return run_command(distill_nb_data_free, [str(a) for a in argv])
+
+
+def weights(path): return load_weights(build_model('digit_student', 10, 1, 8), path).state_dict()
+
+
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    model, train = build_model('digit_teacher', 10, 1, 8), digits().train
+    fit(Supervised(model), train, Recipe(epochs=5, batch_size=64, optimizer='adamw', lr=3e-3, precision='float32'), progress=False)
+    save_weights(model, path := tmp_path_factory.mktemp('teacher')/'teacher.safetensors', mean=train.mean, std=train.std)
+    return path
+
+
+@pytest.fixture(scope='module')
+def blind(teacher, tmp_path_factory):
+    "A run that has nothing but the teacher's file."
+    folder = tmp_path_factory.mktemp('blind')/'run'
+    with pytest.MonkeyPatch.context() as m:
+        def read(*_, **__): raise AssertionError('a data set was read')
+        m.setattr(cli, 'load_data', read)
+        assert command(*PAIR, *SHAPE, '--teacher_weights', teacher, '--steps', 30, '--out', folder) == 0
+    return folder
+
+
+def test_a_run_reads_no_data_and_leaves_what_it_promises(blind):
+    assert {p.name for p in blind.iterdir()} == {'recipe.json', 'result.json', 'student.safetensors', 'images.png', 'curves.png', 'work'}
+    result = json.loads((blind/'result.json').read_text())
+    assert set(head_of('', '', '', torch.device('cpu'), 1, 0., False)) | {'rows'} == set(result) and result['data'] == 'none: images of 1x8x8, 10 classes'
+    taught, student = result['rows']
+    assert taught['agreement_generated'] == 1 and 0 <= student['agreement_generated'] <= 1 and student['steps'] == 30
+    assert 'accuracy' not in taught and 'accuracy' not in student and student['curve'] == []
+    about = read_weights(blind/'student.safetensors')[1]
+    assert about['architecture'] == 'digit_student' and json.loads(about['mean']) == pytest.approx(digits().train.mean)
+    for name in ('images.png', 'curves.png'): assert Image.open(blind/name).size[0] > 300
+
+
+def test_data_measure_the_student_and_teach_it_nothing(blind, teacher, tmp_path, capsys):
+    assert command(*PAIR, '--teacher_weights', teacher, '--steps', 30, '--data', 'digits', '--out', tmp_path/'run') == 0
+    said, (_, row) = capsys.readouterr().out, json.loads((tmp_path/'run'/'result.json').read_text())['rows']
+    assert same(weights(tmp_path/'run'/'student.safetensors'), weights(blind/'student.safetensors'))
+    student = load_weights(build_model('digit_student', 10, 1, 8), tmp_path/'run'/'student.safetensors')
+    assert row['accuracy'] == evaluate(student, digits().test).accuracy and f"{100 * row['accuracy']:.2f} % on the test split" in said
+    assert [p['step'] for p in row['curve']] == list(range(1, 31)) and 'gain' not in said
+
+
+def test_a_run_goes_on_where_it_was_killed(blind, teacher, tmp_path, monkeypatch, capsys, interrupt):
+    init = data_free.DataFree.__init__
+    def begin(self, *args, **kw):
+        init(self, *args, **kw)
+        interrupt(self, 17)
+    argv = [*PAIR, *SHAPE, '--teacher_weights', teacher, '--steps', 30, '--out', tmp_path/'run']
+    with monkeypatch.context() as m:
+        m.setattr(data_free.DataFree, '__init__', begin)
+        m.setattr(data_free, 'fit', partial(fit, save_every=0.))
+        assert command(*argv) == 130 and '--resume' in capsys.readouterr().err
+    assert command(*argv) == 2 and '--resume' in capsys.readouterr().err
+    assert command(*argv, '--resume') == 0
+    assert same(weights(tmp_path/'run'/'student.safetensors'), weights(blind/'student.safetensors'))
+    assert command(*argv, '--resume') == 0  # finished: read again
+    assert command(*argv[:-4], '--steps', 31, *argv[-2:], '--resume') == 2 and 'steps was 30 and is 31' in capsys.readouterr().err
+
+
+def test_inversion_and_a_teacher_whose_normalisation_is_not_known(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data_free.by_inversion, '__defaults__', tuple(replace(d, steps=3) if isinstance(d, Recipe) else d for d in data_free.by_inversion.__defaults__))
+    save_weights(load_weights(build_model('digit_teacher', 10, 1, 8), teacher), tmp_path/'unnamed.safetensors')
+    assert command(*PAIR, *SHAPE, '--teacher_weights', tmp_path/'unnamed.safetensors', '--way', 'inversion', '--steps', 4, '--out', tmp_path/'run') == 0
+    assert 'names no normalisation' in capsys.readouterr().out and 'mean' not in read_weights(tmp_path/'run'/'student.safetensors')[1]
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+def test_pictures_of_any_channels(channels):
+    for norm in ((None, None), ([0.5] * channels, [0.2] * channels)): assert len(picture_of(torch.randn(7, channels, 8, 8), *norm).axes) == 10
+
+
+def test_a_table_has_no_empty_column():
+    row = {'setting': 'data_free', 'model': 'student', 'parameters': 1, 'macs': 1, 'bytes': 1, 'latency_ms': 1., 'accuracy': 0.5, 'ci95': 0.1, 'agreement': 0.5, 'ece': 0.1}
+    assert 'gain [95 %]' not in table([row])[0] and 'gain [95 %]' in table([row, row | {'difference': 0.1, 'difference_ci95': None}])[0]
+
+
+@pytest.mark.parametrize('argv,said', [
+    ([], 'teacher_weights'), (['W', '--steps', '0'], 'steps'), (['W', '--batch_size', '0'], 'batch_size'), (['W', '--lr', 'nan'], 'lr'), (['W', '--seed', '-1'], 'seed'), (['W', '--way', 'magic'], 'inversion'),
+    (['W', '--classes', '1'], 'classes'), (['W', '--channels', '0'], 'channels'), (['W', '--size', '2'], 'size'), (['W', '--classes', '7'], 'does not hold weights'), (['W', '--precision', 'int1'], 'precision'), (['W', '--device', 'abacus'], 'device'),
+    (['W', '--data', 'digits', '--classes', '7'], 'those of the data'), (['W', '--data', 'digit'], 'digits'), (['W', '--teacher', 'resnet57'], 'resnet56'), (['W', '--student', 'resnet57'], 'resnet56'), (['W', '--resume'], '--out FOLDER'),
+    (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'GUESSING', '--data', 'digits'], 'never trained'), (['--teacher_weights', 'NAN'], 'not finite'), (['W', '--out', 'OTHER'], 'holds no run')])
+def test_bad_input_is_one_line_and_leaves_nothing(argv, said, teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = build_model('digit_teacher', 10, 1, 8)
+    save_weights(model, 'guessing.safetensors')
+    torch.nn.init.constant_(model.fc.bias, float('nan'))
+    save_weights(model, 'nan.safetensors')
+    Path('other').mkdir()
+    Path('other/notes.txt').write_text('mine')
+    before = sorted(p.name for p in tmp_path.rglob('*'))
+    words = {'W': ['--teacher_weights', str(teacher)], 'GUESSING': ['guessing.safetensors'], 'NAN': ['nan.safetensors'], 'OTHER': ['other']}
+    argv = [w for a in argv for w in words.get(a, [a])]
+    given = [*PAIR, *(o for pair in zip(SHAPE[::2], SHAPE[1::2]) if pair[0] not in argv for o in pair)]
+    try: code = command(*given, *argv)
+    except SystemExit as e: code = e.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.count('\n') == 1 and err.startswith('distill_nb_data_free: ') and said in err, err
+    assert sorted(p.name for p in tmp_path.rglob('*')) == before
+
+
+def test_a_teacher_without_batch_norm_is_refused(tmp_path, monkeypatch, capsys):
+    def plain(name, classes, channels, size): return torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * (size - 2)**2, classes))
+    monkeypatch.setattr(cli, 'build_model', plain)
+    save_weights(plain('', 10, 1, 8), tmp_path/'plain.safetensors')
+    assert command(*SHAPE, '--teacher_weights', tmp_path/'plain.safetensors', '--out', tmp_path/'run') == 2
+    err = capsys.readouterr().err
+    assert 'batch' in err and err.count('\n') == 1 and not (tmp_path/'run').exists()
