@@ -1,5 +1,5 @@
 """The command that needs a trained teacher and no images."""
-import json
+import json, os, subprocess, sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -85,11 +85,19 @@ def test_a_run_goes_on_where_it_was_killed(blind, teacher, tmp_path, monkeypatch
     assert command(*argv[:-4], '--steps', 31, *argv[-2:], '--resume') == 2 and 'steps was 30 and is 31' in capsys.readouterr().err
 
 
-def test_inversion_and_a_teacher_whose_normalisation_is_not_known(teacher, tmp_path, monkeypatch, capsys):
+def test_inversion(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data_free.by_inversion, '__defaults__', tuple(replace(d, steps=3) if isinstance(d, Recipe) else d for d in data_free.by_inversion.__defaults__))
+    assert command(*PAIR, *SHAPE, '--teacher_weights', teacher, '--way', 'inversion', '--steps', 6, '--out', tmp_path/'run') == 0
+    assert '(8 steps' in capsys.readouterr().out  # four rounds of two
+    assert json.loads((tmp_path/'run'/'result.json').read_text())['rows'][1]['steps'] == 8
+
+
+def test_a_normalisation_that_is_not_known_is_not_learned_from_the_data(teacher, tmp_path, capsys):
     save_weights(load_weights(build_model('digit_teacher', 10, 1, 8), teacher), tmp_path/'unnamed.safetensors')
-    assert command(*PAIR, *SHAPE, '--teacher_weights', tmp_path/'unnamed.safetensors', '--way', 'inversion', '--steps', 4, '--out', tmp_path/'run') == 0
-    assert 'names no normalisation' in capsys.readouterr().out and 'mean' not in read_weights(tmp_path/'run'/'student.safetensors')[1]
+    for out, shape in (('blind', SHAPE), ('seen', ['--data', 'digits'])):
+        assert command(*PAIR, *shape, '--teacher_weights', tmp_path/'unnamed.safetensors', '--steps', 5, '--out', tmp_path/out) == 0
+        assert 'names no normalisation' in capsys.readouterr().out and 'mean' not in read_weights(tmp_path/out/'student.safetensors')[1]
+    assert same(weights(tmp_path/'blind'/'student.safetensors'), weights(tmp_path/'seen'/'student.safetensors'))
 
 
 @pytest.mark.parametrize('channels', [1, 2, 3, 4])
@@ -103,7 +111,7 @@ def test_a_table_has_no_empty_column():
 
 
 @pytest.mark.parametrize('argv,said', [
-    ([], 'teacher_weights'), (['W', '--steps', '0'], 'steps'), (['W', '--batch_size', '0'], 'batch_size'), (['W', '--lr', 'nan'], 'lr'), (['W', '--seed', '-1'], 'seed'), (['W', '--way', 'magic'], 'inversion'),
+    ([], 'teacher_weights'), (['W', '--steps', '0'], 'steps'), (['W', '--steps', '1000000000'], 'steps times batch_size'), (['W', '--steps', '9'*20], 'steps'), (['W', '--batch_size', '0'], 'batch_size'), (['W', '--lr', 'nan'], 'lr'), (['W', '--seed', '-1'], 'seed'), (['W', '--seed', str(2**64)], 'seed'), (['W', '--size', '9'*20], 'size'), (['W', '--way', 'magic'], 'inversion'),
     (['W', '--classes', '1'], 'classes'), (['W', '--channels', '0'], 'channels'), (['W', '--size', '2'], 'size'), (['W', '--classes', '7'], 'does not hold weights'), (['W', '--precision', 'int1'], 'precision'), (['W', '--device', 'abacus'], 'device'),
     (['W', '--data', 'digits', '--classes', '7'], 'those of the data'), (['W', '--data', 'digit'], 'digits'), (['W', '--teacher', 'resnet57'], 'resnet56'), (['W', '--student', 'resnet57'], 'resnet56'), (['W', '--resume'], '--out FOLDER'),
     (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'GUESSING', '--data', 'digits'], 'never trained'), (['--teacher_weights', 'NAN'], 'not finite'), (['W', '--out', 'OTHER'], 'holds no run')])
@@ -133,3 +141,35 @@ def test_a_teacher_without_batch_norm_is_refused(tmp_path, monkeypatch, capsys):
     assert command(*SHAPE, '--teacher_weights', tmp_path/'plain.safetensors', '--out', tmp_path/'run') == 2
     err = capsys.readouterr().err
     assert 'batch' in err and err.count('\n') == 1 and not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('name', [None, 'thesis.tmp', '.thesis.txt', '.result.json.123.tmp'])
+def test_what_a_failing_run_found_it_leaves(name, teacher, tmp_path, capsys):
+    out = tmp_path/'mine'
+    out.mkdir()
+    (tmp_path/'link').symlink_to(out)
+    if name: (out/name).write_text('precious')
+    for place in (out, tmp_path/'link'):
+        assert command(*PAIR, *SHAPE, '--teacher_weights', teacher, '--steps', 5, '--lr', 1e30, '--out', place) == 2
+        assert capsys.readouterr().err.count('\n') == 1
+    assert out.is_dir() and [p.name for p in out.iterdir()] == ([name] if name else []) and (not name or (out/name).read_text() == 'precious')
+
+
+def test_a_lack_of_memory_is_one_line_and_a_defect_is_not(capsys):
+    for error, shown in ((RuntimeError("DefaultCPUAllocator: can't allocate memory"), True), (torch.OutOfMemoryError('CUDA out of memory'), True), (RuntimeError('a defect'), False), (NotImplementedError('a defect'), False)):
+        def job(): raise error
+        if shown: assert run_command(job, []) == 2 and str(error) in capsys.readouterr().err
+        else:
+            with pytest.raises(RuntimeError, match='a defect'): run_command(job, [])
+
+
+def test_a_terminal_without_plus_minus_gets_the_table_all_the_same(teacher, tmp_path):
+    argv = [*PAIR, '--teacher_weights', str(teacher), '--steps', '3', '--data', 'digits', '--out', str(tmp_path/'run')]
+    p = subprocess.run([sys.executable, '-c', 'import sys; from distill_nb.cli import *; sys.exit(run_command(distill_nb_data_free, sys.argv[1:]))', *argv], capture_output=True, text=True, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    assert p.returncode == 0 and ' ? ' in p.stdout, p.stderr
+
+
+def test_paths_and_numbers_from_python(teacher, tmp_path):
+    distill_nb_data_free('digit_teacher', 'digit_student', teacher, channels=1, size=8, steps=2, out=tmp_path/'run')
+    for bad in ({'size': '8'}, {'size': 8.}, {'channels': '1'}, {'seed': None}, {'steps': None}, {'classes': 10.}):
+        with pytest.raises(ValueError, match=next(iter(bad))): distill_nb_data_free(**{'teacher': 'digit_teacher', 'student': 'digit_student', 'teacher_weights': teacher, 'channels': 1, 'size': 8, 'steps': 2, 'out': tmp_path/'other'} | bad)
