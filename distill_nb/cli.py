@@ -670,7 +670,7 @@ def prepare_data_free(
     if data is not None: check_teacher(teacher, data.valid)
     return DataFreeJob(teacher, student, shape, norm, data, recipe, options, device)
 
-# %% ../nbs/cli.ipynb #a4f1a0e6
+# %% ../nbs/cli.ipynb #74fe3539
 def data_free_rows(
     job:DataFreeJob, # What was run
     made, # As `distill_without_data` returns it
@@ -680,7 +680,7 @@ def data_free_rows(
     asked = {'generated': pictures} | ({'test': job.data.test.to(job.device)} if job.data else {})
     answers = {name: predict(job.teacher, images) for name, images in asked.items()}
     for name, model in (('teacher', job.teacher), ('student', job.student)):
-        same = {k: agreement(predict(model, images), answers[k]) for k, images in asked.items()}
+        same = {k: agreement(answers[k] if model is job.teacher else predict(model, images), answers[k]) for k, images in asked.items()}
         row = {'setting': 'data_free', 'model': name, 'agreement_generated': same['generated'], **profile_model(model, (job.shape[1], job.shape[2], job.shape[2]))._asdict()}
         if job.data:
             e = evaluate(model, asked['test'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Task', 'Method', 'grid', 'contender', 'choose', 'rehearse']
 
-# %% ../nbs/methods.ipynb #10bce771
+# %% ../nbs/methods.ipynb #125cbff3
 import copy
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from .features import feature_method
 from .logits import GRID, Distill, compare
 from .losses import dist_loss, dkd_loss
 from .self_distillation import BeYourOwnTeacher, SelfTeacher, repeat_labelled
-from .training import Frozen, Recipe, Supervised, fit
+from .training import DivergedError, Frozen, Recipe, Supervised, fit
 
 # %% ../nbs/methods.ipynb #82c62f0c
 class Task(NamedTuple):
@@ -95,7 +95,12 @@ def contender(
     if name not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {name!r}.")
     return lambda student: METHODS[name].make(student, task, **setting)
 
-# %% ../nbs/methods.ipynb #81faeb51
+# %% ../nbs/methods.ipynb #8e837784
+def _try(make_student, contender, recipe, valid, folder, kwargs):
+    "The accuracy of one setting, or None if it diverged."
+    try: return compare(make_student, contender, recipe, valid, seeds=[1000], folder=folder, **kwargs).rows()[0]['accuracy']
+    except DivergedError: return None
+
 def choose(
     name:str, # A key of `METHODS`
     make_student, # Called without arguments; makes a new student
@@ -104,18 +109,18 @@ def choose(
     settings=None, # Settings to choose from; None: the method's own
     folder=None, # Checkpoints; a search that was interrupted continues
     **kwargs, # `device`, `progress`, `compile` of `compare`
-)->tuple: # The best setting, and a row per setting
-    "Try each setting once on the validation split; the first of the best wins."
+)->tuple: # The best setting, and a row per setting, with accuracy None where it diverged
+    "Try each setting once on the validation split; the first of the best wins. Raises `DivergedError` if all of them diverge."
     contender(name, task)  # refuses a method that does not exist
     settings = METHODS[name].grid if settings is None else settings
     if len(settings) == 1: return settings[0], []
     labels = [' '.join(f'{k}={v}' for k, v in s.items()) for s in settings]
     if len(set(labels)) < len(labels): raise ValueError(f'settings must be different ones, but are {settings!r}.')
     made = {label: contender(name, task, **s) for label, s in zip(labels, settings)}
-    found = compare(make_student, made, task.recipe, valid, seeds=[1000], folder=folder, **kwargs).rows()
-    tries = [{'method': name, **s, 'valid_accuracy': r['accuracy']} for s, r in zip(settings, found)]
-    best = max(range(len(tries)), key=lambda i: tries[i]['valid_accuracy'])
-    return settings[best], tries
+    found = [_try(make_student, {label: make}, task.recipe, valid, folder, kwargs) for label, make in made.items()]
+    if all(accuracy is None for accuracy in found): raise DivergedError(f'every setting of {name} diverged; a smaller learning rate than {task.recipe.lr:g} usually helps.')
+    tries = [{'method': name, **s, 'valid_accuracy': accuracy} for s, accuracy in zip(settings, found)]
+    return settings[max(range(len(found)), key=lambda i: -1. if found[i] is None else found[i])], tries
 
 # %% ../nbs/methods.ipynb #2d78ef3e
 def rehearse(

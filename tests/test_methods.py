@@ -10,7 +10,7 @@ from distill_nb.logits import compare
 from distill_nb.losses import UNLABELLED
 from distill_nb.methods import METHODS, Task, choose, contender, grid, rehearse
 from distill_nb.models import digit_student, digit_teacher, fingerprint
-from distill_nb.training import Recipe, Supervised, fit
+from distill_nb.training import DivergedError, Recipe, Supervised, fit
 
 RECIPE = Recipe(steps=6, batch_size=32, optimizer='adamw', lr=0.02, precision='float32')
 
@@ -96,6 +96,14 @@ def test_the_choice_is_the_best_on_the_validation_split(task):
     assert [t['method'] for t in tries] == ['kd', 'kd'] and [{k: t[k] for k in s} for t, s in zip(tries, settings)] == list(settings)
     assert best == settings[max(range(2), key=lambda i: tries[i]['valid_accuracy'])]
     assert choose('kd', digit_student, task, valid, settings[:1]) == (settings[0], [])
+
+
+def test_a_setting_that_diverges_is_a_try_that_failed(task, tmp_path):
+    valid = digits().valid
+    best, tries = choose('relational', digit_student, task, valid, grid(weight=(1e38, 0.01)), tmp_path)
+    assert best == {'weight': 0.01} and tries[0] == {'method': 'relational', 'weight': 1e38, 'valid_accuracy': None} and tries[1]['valid_accuracy'] > 0
+    assert choose('relational', digit_student, task, valid, grid(weight=(1e38, 0.01)), tmp_path) == (best, tries)
+    with pytest.raises(DivergedError, match='every setting of relational diverged'): choose('relational', digit_student, task, valid, grid(weight=(1e38, 2e38)))
 
 
 def test_contenders_with_data_of_their_own_need_the_steps(task):
