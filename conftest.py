@@ -44,7 +44,9 @@ class Section(pytest.Item):
         nb = self.parent
         if nb.failed: pytest.skip(f'the section «{nb.failed}» before it failed')
         here = Path.cwd()
-        if nb.shell is None: nb.shell = shell(self.path)
+        if nb.shell is None:
+            nb.shell = shell(self.path)
+            nb.shell._cell_idx = None  # `prettytb` names no cell
         os.chdir(self.path.parent)
         try:
             for source in self.cells:
