@@ -590,7 +590,7 @@ def describe_answers(
     if teacher is job.teacher: return 'the teacher is asked about every image in every epoch'
     return f"the teacher's answers for {len(data):,} images in {data.n_views:,} views are kept in {folder/'work'/'answers'}, {human(teacher.nbytes)}B"
 
-# %% ../nbs/cli.ipynb #cb4c553e
+# %% ../nbs/cli.ipynb #1d2a37d1
 def run_job(
     job:Job, # What to run
     folder:Path, # The run folder
@@ -611,6 +611,8 @@ def run_job(
         settings[setting] = chosen, tries, comparison = run_setting(job, folder, setting)
         means = ', '.join(f"{r['model']} {100 * r['accuracy']:.1f} %" for r in comparison.rows('valid_accuracy'))
         how = 'chosen on the validation split' if tries else 'given'
+        for t in tries:
+            if t['valid_accuracy'] is None: say(f"{setting.replace('_', ' ')}, {t['method']}: {show_setting({k: v for k, v in t.items() if k not in ('method', 'valid_accuracy')})} diverged")
         for model, values in chosen.items(): say(f"{setting.replace('_', ' ')}, {model}: {show_setting(values)} ({how})")
         say(f"{setting.replace('_', ' ')}: validation accuracy: {means}")
     result = make_result(job, folder.name, command, settings, seconds, time.perf_counter() - start, resumed)

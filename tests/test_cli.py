@@ -143,6 +143,14 @@ def test_methods_can_be_compared_with_the_same_number_of_tries(tmp_path, capsys)
     assert 'With few labels, dkd (T=' in capsys.readouterr().out
 
 
+def test_a_setting_that_diverged_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.METHODS, 'relational', cli.METHODS['relational']._replace(grid=({'weight': 1e38}, {'weight': 0.01})))
+    assert command(*QUICK[:-4], '--labels', 0, '--method', 'relational', '--out', tmp_path/'run') == 0
+    said = capsys.readouterr().out
+    assert 'relational: weight=1e+38 diverged' in said and 'relational: weight=0.01 (chosen' in said
+    assert [t['valid_accuracy'] is None for t in json.loads((tmp_path/'run'/'result.json').read_text())['tries']['all_labels']] == [True, False]
+
+
 def test_a_single_other_method(tmp_path):
     assert command(*QUICK, '--labels', 0, '--method', 'kd_std', '--out', tmp_path/'run') == 0
     result = json.loads((tmp_path/'run'/'result.json').read_text())
