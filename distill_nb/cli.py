@@ -301,7 +301,7 @@ def settings_of(
     settings = [s | {k: v for k, v in given.items() if k in s} for s in METHODS[method].grid]
     return [s for i, s in enumerate(settings) if s not in settings[:i]]
 
-# %% ../nbs/cli.ipynb #805513bd
+# %% ../nbs/cli.ipynb #60d5a908
 def run_setting(
     job:Job, # What to run
     folder:Path, # The run folder
@@ -312,7 +312,7 @@ def run_setting(
     work, steps = folder/'work'/setting, job.learning.total_steps(max(len(alone), len(transfer)))
     taught = {name: answering_teacher(job, mode, transfer, folder) for name, mode in job.answers.items()}
     teacher, data = next(iter(taught.values()))
-    task, kw = Task(teacher, alone, data, replace(job.learning, steps=steps)), {'device': job.device, 'compile': job.compile}
+    task, kw = Task(teacher, alone, data, replace(job.learning, steps=steps), work), {'device': job.device, 'compile': job.compile}
     chosen, tries = {}, []
     for method in job.methods:
         chosen[method], found = choose(method, job.student, task, job.data.valid, settings_of(method, job.options), work/'tries'/method, **kw)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GRID', 'by_luck', 'check_teacher', 'Distill', 'interval', 'agreement', 'Comparison', 'compare', 'markdown_table',
-           'text_table', 'tune']
+           'text_table', 'try_each', 'tune']
 
-# %% ../nbs/05_logits.ipynb #92f25dc1
+# %% ../nbs/05_logits.ipynb #043b45c6
 import math, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .data import Batch
 from .losses import UNLABELLED, DistillationLoss, kd_loss
-from .training import (Frozen, History, Objective, Recipe, Supervised, calibration_error, check_classes, evaluate, fit,
+from .training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, calibration_error, check_classes, evaluate, fit,
                                  fit_device, predict)
 
 # %% ../nbs/05_logits.ipynb #aba78c22
@@ -53,7 +53,7 @@ def check_teacher(
                          'these classes, it sees the images in another form than in its training, or these are too few images to tell. Fine-tune it first, or check the normalisation.')
     return e.accuracy
 
-# %% ../nbs/05_logits.ipynb #8aec1978
+# %% ../nbs/05_logits.ipynb #2e3681ec
 class Distill(Objective):
     "Logit matching: (1−α)·CE(hard labels) + α·T²·KL(teacher ‖ student). Images without a label have only the soft part."
     def __init__(self,
@@ -69,7 +69,7 @@ class Distill(Objective):
         self.teacher = teacher if isinstance(teacher, Frozen) else Frozen(teacher)
 
     def forward(self, batch:Batch)->dict:
-        "The weighted parts of the loss, as `{'hard': ..., 'soft': ...}`."
+        "The weighted parts of the loss for a batch, as `{'hard': ..., 'soft': ...}`."
         v = self.teacher(batch)  # first: its tensors are gone before the student's are kept for the backward pass
         return self.loss.parts(self.model(batch.x), v, batch.y)
 
@@ -131,7 +131,19 @@ def _measure(student, teacher_logits, valid, test):
     if teacher_logits is not None: found['agreement'] = agreement(logits, teacher_logits)
     return found
 
-# %% ../nbs/05_logits.ipynb #8958ec3c
+# %% ../nbs/05_logits.ipynb #4a33a0b3
+@patch
+def keep(self:Comparison,
+    name:str, # The contender
+    accuracy:float, # Of this student on the validation split
+    student:nn.Module, # Trained
+    history:History, # Of its training
+):
+    "Remember a contender's first history, and its best student by validation accuracy."
+    self.histories.setdefault(name, history)
+    if name not in self.students or accuracy > self.students[name][0]: self.students[name] = (accuracy, student)
+
+# %% ../nbs/05_logits.ipynb #2fa8667c
 def compare(
     make_student, # Called without arguments; makes a new student (the seed is set before)
     contenders:dict, # {name: (function from a student to an objective, training data)}, or {name: function from a student to (objective, training data) or (objective, training data, recipe of its own)}; the first is the baseline
@@ -165,12 +177,6 @@ def compare(
         result.runs.append({'model': name, 'seed': seed, 'seconds': history.seconds} | _measure(student, teacher_logits, valid, test))
         result.keep(name, result.runs[-1]['valid_accuracy'], student, history)
     return result
-
-@patch
-def keep(self:Comparison, name:str, accuracy:float, student:nn.Module, history:History):
-    "Remember a contender's first history, and its best student by validation accuracy."
-    self.histories.setdefault(name, history)
-    if name not in self.students or accuracy > self.students[name][0]: self.students[name] = (accuracy, student)
 
 # %% ../nbs/05_logits.ipynb #83400f1e
 @patch
@@ -237,7 +243,24 @@ def plot(self:Comparison,
     if ax is None: left.figure.tight_layout()
     return left.figure
 
-# %% ../nbs/05_logits.ipynb #fa571baa
+# %% ../nbs/05_logits.ipynb #c5833cba
+def try_each(
+    name:str, # What the settings belong to, for the message
+    make_student, # Called without arguments; makes a new student
+    contenders:dict, # {label of a setting: contender}, as in `compare`
+    recipe:Recipe, # The same for all
+    valid, # Validation split
+    **kwargs, # `seeds`, `folder`, `device`, `progress`, `compile` of `compare`
+)->list: # For each setting its row of `compare`, or None where it diverged
+    "Compare settings on the validation split; one that diverges is a try that failed. Raises `DivergedError` if all of them diverge."
+    def row(label):
+        try: return compare(make_student, {label: contenders[label]}, recipe, valid, **kwargs).rows()[0]
+        except DivergedError: return None
+    found = [row(label) for label in contenders]
+    if not any(found): raise DivergedError(f'every setting of {name} diverged; a smaller learning rate than {recipe.lr:g} usually helps.')
+    return found
+
+# %% ../nbs/05_logits.ipynb #32d465a4
 GRID = ((1., 0.5), (2., 0.5), (4., 0.5), (4., 0.9))  # pairs (temperature, alpha) that `tune` tries
 
 def tune(
@@ -249,10 +272,11 @@ def tune(
     grid=GRID, # Pairs (temperature, alpha)
     **kwargs, # `seeds`, `folder`, `device`, `progress`, `compile` of `compare`
 )->tuple: # The best pair, and a row per pair
-    "Try each pair of temperature and alpha on the validation split; the first of the best wins."
+    "Try each pair of temperature and alpha on the validation split; the first of the best wins. A pair that diverges has the accuracy None."
     if not grid: raise ValueError('grid must hold at least one pair (temperature, alpha), but is empty.')
-    made = {f'T={T:g} alpha={a:g}': (lambda s, T=T, a=a: Distill(s, teacher, T, a), data) for T, a in grid}
-    found = compare(make_student, made, recipe, valid, **kwargs).rows()
-    rows = [{'temperature': T, 'alpha': a, 'valid_accuracy': r['accuracy'], 'ci95': r['ci95']} for (T, a), r in zip(grid, found)]
-    best = max(rows, key=lambda r: r['valid_accuracy'])
+    made = {f'T={T} alpha={a}': (lambda s, T=T, a=a: Distill(s, teacher, T, a), data) for T, a in grid}
+    if len(made) < len(grid): raise ValueError(f'grid must hold different pairs, but is {grid!r}.')
+    found = try_each('distillation', make_student, made, recipe, valid, **kwargs)
+    rows = [{'temperature': T, 'alpha': a, 'valid_accuracy': r and r['accuracy'], 'ci95': r and r['ci95']} for (T, a), r in zip(grid, found)]
+    best = max((r for r in rows if r['valid_accuracy'] is not None), key=lambda r: r['valid_accuracy'])
     return (best['temperature'], best['alpha']), rows

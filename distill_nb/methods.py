@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['METHODS', 'Task', 'Method', 'grid', 'contender', 'choose', 'rehearse']
 
-# %% ../nbs/methods.ipynb #125cbff3
+# %% ../nbs/methods.ipynb #c062818e
 import copy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,18 +17,20 @@ from torch import nn
 
 from .data_free import DATA_FREE, DataFree, Generator, Noise
 from .features import feature_method
-from .logits import GRID, Distill, compare
+from .logits import GRID, Distill, compare, try_each
 from .losses import dist_loss, dkd_loss
+from .models import fingerprint
 from .self_distillation import BeYourOwnTeacher, SelfTeacher, repeat_labelled
-from .training import DivergedError, Frozen, Recipe, Supervised, fit
+from .training import Frozen, Recipe, Supervised, fit
 
-# %% ../nbs/methods.ipynb #82c62f0c
+# %% ../nbs/methods.ipynb #59046b98
 class Task(NamedTuple):
     "What a method may use."
     teacher: nn.Module # Trained; a `CachedTeacher` is welcome
     labelled: object   # The images with labels, an `ImageData`
     transfer: object   # All images, of which some may have no label
     recipe: Recipe     # The one of all students
+    folder: object = None # Where a network that is trained before the student is kept, so that a comparison that was interrupted need not train it again
 
 class Method(NamedTuple):
     "A way to train a student, and the settings that are tried for it."
@@ -44,7 +47,7 @@ def _byot(student, task, temperature, alpha):
     shape = task.labelled.channels, task.labelled.size, task.labelled.size
     return BeYourOwnTeacher(student, temperature, alpha, shape=shape), task.labelled
 
-# %% ../nbs/methods.ipynb #e46003a7
+# %% ../nbs/methods.ipynb #0fd5aa36
 def _self(student, task, weight, teacher_temperature):
     few = len(task.labelled) < len(task.transfer)
     data = repeat_labelled(task.transfer) if few else task.transfer
@@ -52,7 +55,8 @@ def _self(student, task, weight, teacher_temperature):
 
 def _born_again(student, task, temperature, alpha):
     earlier = copy.deepcopy(student)
-    fit(Supervised(earlier), task.labelled, task.recipe, progress=False)
+    folder = task.folder and Path(task.folder)/f'earlier-{fingerprint(student.state_dict())}'
+    fit(Supervised(earlier), task.labelled, task.recipe, folder=folder, resume=True, progress=False)
     return Distill(student, earlier, temperature, alpha), task.transfer
 
 # %% ../nbs/methods.ipynb #a615651f
@@ -95,12 +99,7 @@ def contender(
     if name not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {name!r}.")
     return lambda student: METHODS[name].make(student, task, **setting)
 
-# %% ../nbs/methods.ipynb #8e837784
-def _try(make_student, contender, recipe, valid, folder, kwargs):
-    "The accuracy of one setting, or None if it diverged."
-    try: return compare(make_student, contender, recipe, valid, seeds=[1000], folder=folder, **kwargs).rows()[0]['accuracy']
-    except DivergedError: return None
-
+# %% ../nbs/methods.ipynb #803d0e65
 def choose(
     name:str, # A key of `METHODS`
     make_student, # Called without arguments; makes a new student
@@ -117,19 +116,18 @@ def choose(
     labels = [' '.join(f'{k}={v}' for k, v in s.items()) for s in settings]
     if len(set(labels)) < len(labels): raise ValueError(f'settings must be different ones, but are {settings!r}.')
     made = {label: contender(name, task, **s) for label, s in zip(labels, settings)}
-    found = [_try(make_student, {label: make}, task.recipe, valid, folder, kwargs) for label, make in made.items()]
-    if all(accuracy is None for accuracy in found): raise DivergedError(f'every setting of {name} diverged; a smaller learning rate than {task.recipe.lr:g} usually helps.')
+    found = [row and row['accuracy'] for row in try_each(name, make_student, made, task.recipe, valid, seeds=[1000], folder=folder, **kwargs)]
     tries = [{'method': name, **s, 'valid_accuracy': accuracy} for s, accuracy in zip(settings, found)]
     return settings[max(range(len(found)), key=lambda i: -1. if found[i] is None else found[i])], tries
 
-# %% ../nbs/methods.ipynb #2d78ef3e
+# %% ../nbs/methods.ipynb #f14603c0
 def rehearse(
     name:str, # A key of `METHODS`
     student:nn.Module, # A new student
     task:Task, # What the method may use
 ):
     "Compute the method's losses for two images, with a copy of the teacher; a method that can't work here raises its `ValueError` now, and not after a long training."
-    task = task._replace(teacher=copy.deepcopy(task.teacher), recipe=replace(task.recipe, steps=1))
+    task = task._replace(teacher=copy.deepcopy(task.teacher), recipe=replace(task.recipe, steps=1), folder=None)
     make = contender(name, task, **METHODS[name].grid[0])
     with torch.random.fork_rng([]):
         try:

@@ -10,7 +10,7 @@ from distill_nb.data import CropFlip, ImageData
 from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, tune
 from distill_nb.losses import UNLABELLED, DistillationLoss, reverse_kl_loss
 from distill_nb.models import fingerprint
-from distill_nb.training import Frozen, Recipe, Supervised, fit
+from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, fit
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')
 CLASSES = 3
@@ -232,3 +232,16 @@ def test_tune_takes_the_first_of_the_best_on_the_validation_split(teacher):
     best, rows = tune(net, teacher, images(), images(seed=1), RECIPE, grid)
     assert [(r['temperature'], r['alpha']) for r in rows] == list(grid) and rows[0]['valid_accuracy'] == rows[1]['valid_accuracy']
     assert best == next((r['temperature'], r['alpha']) for r in rows if r['valid_accuracy'] == max(x['valid_accuracy'] for x in rows))
+
+
+def test_tune_goes_on_where_a_pair_diverges(teacher, monkeypatch):
+    def explodes_at_2(student, teacher, temperature, alpha):
+        objective = Distill(student, teacher, temperature, alpha)
+        forward = objective.forward
+        if temperature == 2: objective.forward = lambda batch: {k: loss*math.inf for k, loss in forward(batch).items()}
+        return objective
+    monkeypatch.setattr('distill_nb.logits.Distill', explodes_at_2)
+    best, rows = tune(net, teacher, images(), images(seed=1), RECIPE, ((2., 0.9), (4., 0.9)), seeds=1)
+    assert best == (4., 0.9) and rows[0] == {'temperature': 2., 'alpha': 0.9, 'valid_accuracy': None, 'ci95': None} and rows[1]['valid_accuracy'] > 0
+    with pytest.raises(DivergedError, match='every setting of distillation'): tune(net, teacher, images(), images(seed=1), RECIPE, ((2., 0.9),))
+    with pytest.raises(ValueError, match='different'): tune(net, teacher, images(), images(seed=1), RECIPE, ((4., 0.9), (4., 0.9)))

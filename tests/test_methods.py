@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill_nb import training
 from distill_nb.cache import CachedTeacher
 from distill_nb.data import digits, few_labels
 from distill_nb.logits import compare
@@ -104,6 +105,25 @@ def test_a_setting_that_diverges_is_a_try_that_failed(task, tmp_path):
     assert best == {'weight': 0.01} and tries[0] == {'method': 'relational', 'weight': 1e38, 'valid_accuracy': None} and tries[1]['valid_accuracy'] > 0
     assert choose('relational', digit_student, task, valid, grid(weight=(1e38, 0.01)), tmp_path) == (best, tries)
     with pytest.raises(DivergedError, match='every setting of relational diverged'): choose('relational', digit_student, task, valid, grid(weight=(1e38, 2e38)))
+
+
+def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
+    trained = []
+    def counted(self):
+        if type(self.objective) is Supervised: trained.append(self.step)
+        return run(self)
+    run = training._Run.run
+    monkeypatch.setattr(training._Run, 'run', counted)
+    def again():
+        torch.manual_seed(1)
+        student = digit_student()
+        objective, data = contender('born_again', task._replace(folder=tmp_path, recipe=replace(RECIPE, steps=80)), temperature=4., alpha=0.5)(student)
+        fit(objective, data, RECIPE)
+        return fingerprint(student.state_dict())
+    first = again()
+    assert again() == first and trained == [0, 80]
+    rehearse('born_again', digit_student(), task._replace(folder=tmp_path/'none'))
+    assert not (tmp_path/'none').exists()
 
 
 def test_contenders_with_data_of_their_own_need_the_steps(task):
