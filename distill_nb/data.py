@@ -44,7 +44,7 @@ def show_images(
     for ax, title in zip(axes.flat, titles or ()): ax.set_title(title, fontsize=8)
     fig.tight_layout(pad=0.4)
 
-# %% ../nbs/02_data.ipynb #a14a2293
+# %% ../nbs/02_data.ipynb #752b4289
 @dataclass(frozen=True)
 class CropFlip:
     "Pad with black, crop a window of the old size, perhaps mirror it."
@@ -55,7 +55,9 @@ class CropFlip:
         if self.pad < 0: raise ValueError(f'pad must be 0 or more, but is {self.pad}.')
 
     @property
-    def n(self): return (2*self.pad + 1)**2 * (1 + self.flip)  # how many views there are
+    def n(self):
+        "How many views of an image there are."
+        return (2*self.pad + 1)**2 * (1 + self.flip)
 
 # %% ../nbs/02_data.ipynb #51b0dd7a
 @patch
@@ -291,15 +293,19 @@ def _prepare(self:ImageData):
     mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.mean, self.std))
     self._scale, self._shift, self._hash = 1/(255*std), -mean/std, {}
 
-# %% ../nbs/02_data.ipynb #9f22ed34
+# %% ../nbs/02_data.ipynb #d35731e7
 @patch
 def __len__(self:ImageData): return len(self.y)
 
 @patch(as_prop=True)
-def device(self:ImageData): return self.y.device
+def device(self:ImageData):
+    "Where the labels are, and the batches that it gives."
+    return self.y.device
 
 @patch(as_prop=True)
-def channels(self:ImageData): return self.x.shape[1]
+def channels(self:ImageData):
+    "1 for grey images, 3 for colours."
+    return self.x.shape[1]
 
 @patch(as_prop=True)
 def side(self:ImageData):

@@ -78,7 +78,7 @@ class GlassTeacher(Frozen):
         distance = statistics_distance([seen[m] for m in used], used) if used else None
         return Look(upcast(logits), distance, seen.get(linear[-1]) if linear else None)
 
-# %% ../nbs/09_data_free.ipynb #2914638e
+# %% ../nbs/09_data_free.ipynb #85599ee8
 class Noise:
     "Nothing but noise, with the interface of a data set: every vector is a function of seed, index and view."
     n_views, views = 2**31 - 1, None  # all of them are shown
@@ -97,11 +97,17 @@ class Noise:
     def __len__(self): return len(self.y)
 
     @property
-    def device(self): return self.y.device
+    def device(self):
+        "Where the noise is made."
+        return self.y.device
 
-    def to(self, device): return type(self)(len(self), self.dim, len(self.classes), self.seed, device)
+    def to(self, device):
+        "The same noise, made on that device."
+        return type(self)(len(self), self.dim, len(self.classes), self.seed, device)
 
-    def fingerprint(self): return hashlib.sha256(json.dumps(['noise', len(self), self.dim, len(self.classes), self.seed]).encode()).hexdigest()[:16]
+    def fingerprint(self):
+        "A short hash of what the noise depends on."
+        return hashlib.sha256(json.dumps(['noise', len(self), self.dim, len(self.classes), self.seed]).encode()).hexdigest()[:16]
 
 # %% ../nbs/09_data_free.ipynb #65e048b3
 @patch
@@ -410,7 +416,7 @@ def example(self:DataFree):
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/09_data_free.ipynb #44429c26
+# %% ../nbs/09_data_free.ipynb #dee9c4b5
 @patch
 def remember(self:DataFree,
     images:Tensor, # New images, shape (B, channels, H, W)
@@ -424,6 +430,7 @@ def remember(self:DataFree,
     self.answers.index_copy_(0, place, answers.to(self.answers.dtype))
     self.count += len(images)
 
+# %% ../nbs/09_data_free.ipynb #b5d9c443
 @patch
 def recall(self:DataFree)->tuple: # Images and answers
     "A random sample of the memory."
@@ -431,7 +438,7 @@ def recall(self:DataFree)->tuple: # Images and answers
     place = (torch.rand(self.replay, device=self.images.device) * filled).long()
     return self.images[place], self.answers[place]
 
-# %% ../nbs/09_data_free.ipynb #dcf33672
+# %% ../nbs/09_data_free.ipynb #9c078dd3
 @patch
 def imagine(self:DataFree,
     images:Tensor, # Generated images, with their path to the generator
@@ -444,6 +451,7 @@ def imagine(self:DataFree,
     if weights['adversarial']: parts['adversarial'] = competition(as_constant(self.model, images), look.logits)
     return {name: w * parts[name] for name, w in weights.items() if w}
 
+# %% ../nbs/09_data_free.ipynb #da815e69
 @patch
 def forward(self:DataFree, batch:Batch)->dict:
     "The student's loss on generated images, and the generator's losses, by name."
@@ -466,7 +474,7 @@ def check(self:DataFree, data, valid=None):
     check_guides(self.teacher, example, self.weights)
     if valid is not None: check_classes(self.model, valid, 'the student')
 
-# %% ../nbs/09_data_free.ipynb #1d5d39de
+# %% ../nbs/09_data_free.ipynb #00d2b989
 class Pictures(Noise):
     "Images that were made, with the interface of a data set; they have no labels, and one view."
     n_views = 1
@@ -478,13 +486,21 @@ class Pictures(Noise):
         super().__init__(len(x), 0, classes, device=x.device)
         self.x = x
 
-    def to(self, device): return Pictures(self.x.to(device), len(self.classes))
+    def to(self, device):
+        "The images on that device."
+        return Pictures(self.x.to(device), len(self.classes))
 
-    def get(self, index, view=None):
+    def get(self,
+        index, # Positions, shape (B,)
+        view=None, # Of no importance: there is one
+    )->Batch:
+        "Some of the images."
         index = torch.as_tensor(index, device=self.device)
         return Batch(self.x[index], self.y[index], index, torch.zeros_like(index))
 
-    def fingerprint(self): return fingerprint({'x': self.x})
+    def fingerprint(self):
+        "A short hash of the images."
+        return fingerprint({'x': self.x})
 
 # %% ../nbs/09_data_free.ipynb #b47282e1
 class Imitate(Objective):
@@ -543,7 +559,7 @@ def by_generator(
     history = fit(objective, Noise(n, noise, classes, recipe.seed), replace(recipe, steps=recipe.total_steps(1000)), **run)
     return Distilled(history, objective.images[:int(objective.count)].clone())
 
-# %% ../nbs/09_data_free.ipynb #64ac3055
+# %% ../nbs/09_data_free.ipynb #23d01d48
 def by_inversion(
     teacher:nn.Module, # Maps images to logits; it is frozen
     student:nn.Module, # Trained in place
@@ -569,8 +585,10 @@ def by_inversion(
         seed = int(mix(recipe.seed, r)) % 2**31
         made, making = invert(teacher, labels, recipe=replace(inversion, seed=seed, precision=recipe.precision), **{k: v for k, v in where(f'images-{r}').items() if k != 'valid'}, **rival, **settings)
         pool.append(made)
-        parts.append(fit(Imitate(student, teacher, temperature), Pictures(torch.cat(pool), classes), replace(recipe, steps=steps, seed=seed), **where(f'student-{r}')))
-        parts[-1].seconds += making.seconds
+        part = fit(Imitate(student, teacher, temperature), Pictures(torch.cat(pool), classes), replace(recipe, steps=steps, seed=seed), **where(f'student-{r}'))
+        for row in part.rows: row['seconds'] += making.seconds
+        part.seconds += making.seconds
+        parts.append(part)
     return Distilled(joined(parts), torch.cat(pool))
 
 # %% ../nbs/09_data_free.ipynb #b682b9e2

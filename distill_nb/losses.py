@@ -105,18 +105,27 @@ class DistillationLoss(nn.Module):
         store_attr()
         self.wants_labels = 'labels' in inspect.signature(divergence).parameters
 
-# %% ../nbs/01_losses.ipynb #df787cfe
+# %% ../nbs/01_losses.ipynb #b79baffe
 @patch
-def soft(self:DistillationLoss, student_logits, teacher_logits, labels=None):
+def soft(self:DistillationLoss,
+    student_logits:Tensor, # Raw scores, shape (B, C)
+    teacher_logits:Tensor, # Raw scores, shape (B, C)
+    labels:Tensor=None     # Shape (B,); only for a divergence that wants them
+)->Tensor: # A scalar
     "The divergence from the teacher, without its weight."
     logits = student_logits, teacher_logits
     if self.standardize: logits = [standardize(l) for l in logits]
     more = dict(labels=labels) if self.wants_labels else {}
     return self.divergence(*logits, temperature=self.temperature, **more)
 
+# %% ../nbs/01_losses.ipynb #28e2a426
 @patch
-def parts(self:DistillationLoss, student_logits, teacher_logits, labels=None):
-    "The weighted parts, `{'hard': ..., 'soft': ...}`; what has weight 0 is not computed."
+def parts(self:DistillationLoss,
+    student_logits:Tensor, # Raw scores, shape (B, C)
+    teacher_logits:Tensor, # Raw scores, shape (B, C); may be None if alpha = 0
+    labels:Tensor=None     # Class numbers or `UNLABELLED`, shape (B,); may be None if alpha = 1
+)->dict: # {'hard': scalar, 'soft': scalar}
+    "The weighted parts; what has weight 0 is not computed."
     zero = upcast(student_logits).new_zeros(())
     return {'hard': (1 - self.alpha) * hard_loss(student_logits, labels) if self.alpha < 1 else zero,
             'soft': self.alpha * self.soft(student_logits, teacher_logits, labels) if self.alpha > 0 else zero}

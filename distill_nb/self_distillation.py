@@ -210,7 +210,7 @@ def _check_trial(layers, ran, seen, deepest):
     behind = names[names.index(deepest) + 1:]
     if behind or features.ndim != 2: raise ValueError(f'layers must run before the classifier, whose input {deepest!r} must be features of shape (B, D); behind it ran {behind}.')
 
-# %% ../nbs/08_self.ipynb #0cc28da8
+# %% ../nbs/08_self.ipynb #e2da89fa
 @patch
 def forward(self:EarlyExits,
     x:Tensor, # Images, shape (B, channels, H, W)
@@ -222,6 +222,7 @@ def forward(self:EarlyExits,
     if exit == len(self) - 1: return self.backbone(x)
     return self.heads[exit](run_until(self.backbone, self.layers[exit], x))[1]
 
+# %% ../nbs/08_self.ipynb #00a8063e
 @patch
 def every(self:EarlyExits,
     x:Tensor, # Images, shape (B, channels, H, W)
@@ -232,7 +233,9 @@ def every(self:EarlyExits,
     return [*features, seen[self.deepest]], [*logits, answer]
 
 @patch
-def exits(self:EarlyExits, x:Tensor)->list:
+def exits(self:EarlyExits,
+    x:Tensor, # Images, shape (B, channels, H, W)
+)->list: # Logits, each (B, C)
     "The logits of all exits, the deepest last."
     return self.every(x)[1]
 
@@ -488,7 +491,7 @@ def check(self:SelfTeacher, data, valid=None):
     super(SelfTeacher, self).check(data, valid)
     if data.fingerprint() != self.data.fingerprint(): raise ValueError('data must be the data set that was given to SelfTeacher, which makes the second views, but is another one.')
 
-# %% ../nbs/08_self.ipynb #0a156bbb
+# %% ../nbs/08_self.ipynb #2586ede8
 @patch
 def forward(self:SelfTeacher, batch:Batch)->dict:
     "The losses `{'hard': ..., 'self': ...}`; in train mode teacher and centre move."
@@ -504,10 +507,11 @@ def forward(self:SelfTeacher, batch:Batch)->dict:
     if self.training: self._move_centre(teacher_logits.mean(0))
     return losses
 
+# %% ../nbs/08_self.ipynb #72d23b0a
 @patch
 @torch.no_grad()
 def _move_centre(self:SelfTeacher, mean):
-    "The centre's moving average; with several processes over all their images."
+    "The centre's moving average."
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(mean)
         mean = mean / dist.get_world_size()

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from matplotlib import pyplot as plt
 
-# %% ../nbs/00_theory.ipynb #6d739393
+# %% ../nbs/00_theory.ipynb #a8dffbb5
 def _numbers(x): return [v.item() if hasattr(v, 'item') else v for v in x]
 
 def plot_bars(
     panels:dict,     # Title -> heights, one panel each
     ticks=None,      # Names of the bars, 0, 1, 2... if None
     ylabel:str='',   # Label of the leftmost axis
-    sharey:bool=True,
+    sharey:bool=True, # One scale for all panels?
     figsize=None     # Inches, (width, height)
 ):
     "Bar charts side by side."
@@ -33,11 +33,12 @@ def plot_bars(
     axes[0, 0].set_ylabel(ylabel)
     fig.tight_layout()
 
-# %% ../nbs/00_theory.ipynb #afd6051a
+# %% ../nbs/00_theory.ipynb #af3737cd
 def plot_lines(
     x,               # Positions, shared by all lines
     lines:dict,      # Name -> heights
-    xlabel:str='', ylabel:str='',
+    xlabel:str='',   # Label of the positions
+    ylabel:str='',   # Label of the heights
     log:str='',      # 'x', 'y' or 'xy': which axes are logarithmic
     styles=None,     # A matplotlib format for each line, e.g. ('-', 'o')
     ax=None          # Axes to draw on; new ones if None

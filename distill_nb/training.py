@@ -134,14 +134,17 @@ def scheduled(
     if schedule == 'linear': return left
     return 0.1 ** sum(done >= m for m in milestones) if schedule == 'step' else 1.0
 
-# %% ../nbs/04_training.ipynb #d9ae5c31
+# %% ../nbs/04_training.ipynb #96919a79
 def optimizer_tensors(optimizer)->dict: # {'optimizer.0.momentum_buffer': tensor, ...}
     "An optimiser's memory as named tensors."
     state = optimizer.state_dict()['state']
     return {f'optimizer.{i}.{k}': v if isinstance(v, Tensor) else torch.tensor(v)
             for i, s in state.items() for k, v in s.items() if v is not None}
 
-def restore_optimizer(optimizer, tensors:dict):
+def restore_optimizer(
+    optimizer, # A new one for the same parameters; its state is replaced
+    tensors:dict, # Of the checkpoint
+):
     "Put back what `optimizer_tensors` took out."
     state = {}
     for name, t in tensors.items():

@@ -513,6 +513,16 @@ def test_a_teacher_is_not_frozen_by_an_objective_that_could_not_be_made():
 def run_inversion(teacher, student): return distill_without_data(teacher, student, SIDE, 'inversion', RECIPE, rounds=1, images=6, inversion=Recipe(steps=2), **QUICK)
 
 
+def test_seconds_count_the_making_of_images(teacher, monkeypatch):
+    def slow(*args, **kw):
+        images, history = invert(*args, **kw)
+        history.seconds += 1000
+        return images, history
+    monkeypatch.setattr('distill_nb.data_free.invert', slow)
+    h = run('inversion', teacher, None)[1].history  # two rounds
+    assert 1000 < h.rows[0]['seconds'] < 2000 < h.rows[-1]['seconds'] <= h.seconds < 3000
+
+
 def test_joined_histories_go_on():
     from distill_nb.training import History
     part = lambda: History([{'step': 2, 'epoch': 1., 'seconds': 3., 'accuracy': 0.5}, {'step': 4, 'epoch': 2., 'seconds': 5., 'accuracy': 0.6}], {'student': [1., 2., 3., 4.]}, 6.)
