@@ -8,10 +8,11 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'PRECISIONS', 'Frozen', 'evaluating', 'cal
            'read_checkpoint', 'Recipe', 'plan', 'Objective', 'check_classes', 'Supervised', 'History', 'environment',
            'DivergedError', 'fit_device', 'image_order', 'seed_noise', 'describe', 'fit']
 
-# %% ../nbs/04_training.ipynb #cb3526fc
+# %% ../nbs/04_training.ipynb #26cc751d
 import hashlib, json, math, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,7 +195,7 @@ class Recipe:
 
     def __post_init__(self): self.check()
 
-# %% ../nbs/04_training.ipynb #b2cbf02b
+# %% ../nbs/04_training.ipynb #bc3b6f2a
 OPTIMIZERS, PRECISIONS = ('sgd', 'adam', 'adamw'), ('auto', 'float32', 'bfloat16', 'float16')
 
 def _must(ok, name, value, allowed):
@@ -204,12 +205,13 @@ def _must(ok, name, value, allowed):
 def check(self:Recipe):
     "Raise a `ValueError` that names the first field that makes no sense."
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0
-    for name in ('epochs', 'lr'): _must(0 < getattr(self, name) < math.inf, name, getattr(self, name), 'a finite number greater than 0')
+    number = lambda v: v if isinstance(v, Real) and not isinstance(v, bool) else math.nan  # which no comparison lets pass
+    for name in ('epochs', 'lr'): _must(0 < number(getattr(self, name)) < math.inf, name, getattr(self, name), 'a finite number greater than 0')
     for name in ('batch_size', 'accumulate'): _must(whole(getattr(self, name)), name, getattr(self, name), 'a whole number greater than 0')
     _must(self.steps is None or whole(self.steps), 'steps', self.steps, 'a whole number greater than 0, or None')
-    for name in ('momentum', 'warmup'): _must(0 <= getattr(self, name) < 1, name, getattr(self, name), 'at least 0 and less than 1')
-    _must(0 <= self.weight_decay < math.inf, 'weight_decay', self.weight_decay, 'a finite number of at least 0')
-    _must(self.clip is None or self.clip > 0, 'clip', self.clip, 'greater than 0, or None')
+    for name in ('momentum', 'warmup'): _must(0 <= number(getattr(self, name)) < 1, name, getattr(self, name), 'at least 0 and less than 1')
+    _must(0 <= number(self.weight_decay) < math.inf, 'weight_decay', self.weight_decay, 'a finite number of at least 0')
+    _must(self.clip is None or number(self.clip) > 0, 'clip', self.clip, 'greater than 0, or None')
     for name, known in (('optimizer', OPTIMIZERS), ('schedule', SCHEDULES), ('precision', PRECISIONS)):
         _must(getattr(self, name) in known, name, getattr(self, name), 'one of ' + ', '.join(known))
     _must(isinstance(self.seed, int), 'seed', self.seed, 'a whole number')
