@@ -208,6 +208,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_pat
     assert not out.exists() and sorted(p.name for p in (bad_files/'other').iterdir()) == before
 
 
+@pytest.mark.parametrize('bad', [dict(data=3), dict(data=None), dict(teacher=torch.nn.Linear(2, 2)), dict(labels='100'), dict(labels=True), dict(labels=10.), dict(alpha='0.5'), dict(temperature='4'),
+                                 dict(epochs=[1]), dict(lr='0.1'), dict(seeds=None), dict(method=['kd', 'dist']), dict(cache=8), dict(skip_damaged='no'), dict(resume=None), dict(out=3)])
+def test_from_python_an_option_of_another_type_is_refused(bad, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (name, value), = bad.items()
+    with pytest.raises(ValueError, match=f'^{name} must be (text|a whole number|a number|True or False), but is '): distill_nb(**bad)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('method', ['hint', 'attention', 'byot', 'data_free'])
 def test_a_method_that_the_networks_cannot_have_is_refused_before_the_teacher_is_trained(method, tmp_path, monkeypatch, capsys):
     def plain(name, classes, channels, size): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels*size*size, classes))
