@@ -236,7 +236,7 @@ def options_of(
         if not isinstance(value, types) or isinstance(value, bool) and p.annotation is not bool: raise ValueError(f'{name} must be {words}, but is {value!r:.80}.')
     return options
 
-# %% ../nbs/cli.ipynb #d44816e8
+# %% ../nbs/cli.ipynb #7cb823f1
 def check_run(
     o:dict, # The options of a command by name
 )->torch.device: # Where it runs
@@ -259,13 +259,14 @@ def prepare(
     DistillationLoss(4. if T is None else T, 0.9 if a is None else a)
     recipe_options = {k: o[k] for k in ('epochs', 'batch_size', 'lr', 'precision') if o[k] is not None}
     Recipe(**recipe_options)
+    if o['teacher_epochs'] is not None and not 0 < o['teacher_epochs'] < math.inf: raise ValueError(f"teacher_epochs must be a finite number greater than 0, but is {o['teacher_epochs']}.")
     o = o | {k: ','.join(w.strip() for w in o[k].split(',')) for k in ('method', 'cache')}  # a list with other spaces is the same list
     options = {k: v for k, v in o.items() if k not in ('out', 'resume', 'root', 'device', 'compile')}
     check_folder(folder, options, o['resume'])
     data = load_data(o['data'], o['root'], o['size'], **({'skip_damaged': True} if o['skip_damaged'] else {}))
     return _job(o, folder, data, options, recipe_options, device)
 
-# %% ../nbs/cli.ipynb #92359769
+# %% ../nbs/cli.ipynb #c617a945
 def _job(o, folder, data, options, recipe_options, device):
     "The second half of `prepare`: what needs the data."
     p, train = preset(o['data'], data.train.size), data.train
@@ -292,7 +293,7 @@ def _job(o, folder, data, options, recipe_options, device):
     learning, settings = replace(p.learning, **recipe_options), make_settings(data.train, o['labels'])
     mode = next(iter(answers.values()))
     for alone, transfer in settings.values():
-        for m in methods: rehearse(m, student(), Task(teacher, alone, in_views(transfer, mode), learning))
+        for m in methods: rehearse(m, Task(student, teacher, alone, in_views(transfer, mode), learning))
     return Job(data, teacher, trained, student, teaching, learning, methods, settings, answers, options, o['compile'], device)
 
 # %% ../nbs/cli.ipynb #71101307
@@ -316,7 +317,7 @@ def settings_of(
     settings = [s | {k: v for k, v in given.items() if k in s} for s in METHODS[method].grid]
     return [s for i, s in enumerate(settings) if s not in settings[:i]]
 
-# %% ../nbs/cli.ipynb #60d5a908
+# %% ../nbs/cli.ipynb #0b2c7351
 def run_setting(
     job:Job, # What to run
     folder:Path, # The run folder
@@ -327,10 +328,10 @@ def run_setting(
     work, steps = folder/'work'/setting, job.learning.total_steps(max(len(alone), len(transfer)))
     taught = {name: answering_teacher(job, mode, transfer, folder) for name, mode in job.answers.items()}
     teacher, data = next(iter(taught.values()))
-    task, kw = Task(teacher, alone, data, replace(job.learning, steps=steps), work), {'device': job.device, 'compile': job.compile}
+    task, kw = Task(job.student, teacher, alone, data, replace(job.learning, steps=steps), work, job.device), {'device': job.device, 'compile': job.compile}
     chosen, tries = {}, []
     for method in job.methods:
-        chosen[method], found = choose(method, job.student, task, job.data.valid, settings_of(method, job.options), work/'tries'/method, **kw)
+        chosen[method], found = choose(method, task, job.data.valid, settings_of(method, job.options), work/'tries'/method, **kw)
         tries += found
     tasks = dict.fromkeys(job.methods, task)
     if job.methods == ('kd',):  # one contender for each way to answer
@@ -487,7 +488,7 @@ def _png(fig):
     fig.savefig(out := io.BytesIO(), format='png', dpi=110)
     return out.getvalue()
 
-# %% ../nbs/cli.ipynb #829d057a
+# %% ../nbs/cli.ipynb #108d2d45
 _STYLE = '''body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c;background:#fff}
 table{border-collapse:collapse;font-size:.86rem;display:block;overflow-x:auto}th,td{padding:.35rem .6rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}
 th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}tr.distilled{font-weight:600}img{max-width:100%;background:#fff;border-radius:4px}
@@ -506,7 +507,8 @@ def make_report(
     images = '\n'.join(f"<h2>{e(c)}</h2><img alt='{e(c)}' src='data:image/png;base64,{base64.b64encode(p).decode()}'>" for c, p in pictures.items())
     said = ''.join(f'<li>{e(v)}</li>' for v in verdicts(result['rows']))
     few = result['labelled_images'].get('few_labels')
-    choice = 'Settings were chosen on the validation split.' if any(result['tries'].values()) else 'Settings were given.'
+    tried = sorted({t['method'] for tries in result['tries'].values() for t in tries})
+    choice = f"Settings of {', '.join(tried)} were chosen on the validation split." if tried else 'Settings were given.'
     setting = f'With few labels, {few} training images have a label; the student alone sees those, the distilled one sees all images and the teacher answers for the rest. ' if few else ''
     return f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Distillation: {e(result['name'])}</title>
 <style>{_STYLE}</style><h1>Distillation: {e(result['name'])}</h1><p>{e(result['data'])}.</p><ul>{said}</ul><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
@@ -551,7 +553,7 @@ def kept_if_worth(
             if not existed: folder.rmdir()
         raise
 
-# %% ../nbs/cli.ipynb #835be63a
+# %% ../nbs/cli.ipynb #4f95189e
 def distill_nb(
     data:str='digits', # digits, mnist, fashion_mnist, cifar10, cifar100 or folder:PATH
     teacher:str=None, # Teacher: a name of ours or torchvision:NAME; default: by data set
@@ -559,8 +561,8 @@ def distill_nb(
     teacher_weights:str=None, # Trained weights: a file; 'imagenet' to fine-tune those; 'none'; default: 'imagenet' for resnet18/34/50 on large images
     size:int=None, # Side of the images that the models see; default: as they are
     labels:int=None, # Labelled images in the few-label setting, 0 leaves it out; default: 10 per class
-    temperature:float=None, # T of the loss; default: chosen on the validation split
-    alpha:float=None, # Weight of the soft loss, 0 to 1; default: chosen on the validation split
+    temperature:float=None, # T of the loss; default: chosen on the validation split, but 4 for hint, attention and relational
+    alpha:float=None, # Weight of the soft loss, 0 to 1; default: chosen on the validation split, but 0.9 for hint, attention and relational
     epochs:float=None, # Passes of the students over the training images
     teacher_epochs:float=None, # Passes of the teacher; default: as epochs
     batch_size:int=None, # Images per step
@@ -605,7 +607,7 @@ def describe_answers(
     if teacher is job.teacher: return 'the teacher is asked about every image in every epoch'
     return f"the teacher's answers for {len(data):,} images in {data.n_views:,} views are kept in {folder/'work'/'answers'}, {human(teacher.nbytes)}B"
 
-# %% ../nbs/cli.ipynb #1d2a37d1
+# %% ../nbs/cli.ipynb #f7a95493
 def run_job(
     job:Job, # What to run
     folder:Path, # The run folder
@@ -625,10 +627,10 @@ def run_job(
     for setting in job.settings:
         settings[setting] = chosen, tries, comparison = run_setting(job, folder, setting)
         means = ', '.join(f"{r['model']} {100 * r['accuracy']:.1f} %" for r in comparison.rows('valid_accuracy'))
-        how = 'chosen on the validation split' if tries else 'given'
+        tried = {t['method'] for t in tries}
         for t in tries:
             if t['valid_accuracy'] is None: say(f"{setting.replace('_', ' ')}, {t['method']}: {show_setting({k: v for k, v in t.items() if k not in ('method', 'valid_accuracy')})} diverged")
-        for model, values in chosen.items(): say(f"{setting.replace('_', ' ')}, {model}: {show_setting(values)} ({how})")
+        for model, values in chosen.items(): say(f"{setting.replace('_', ' ')}, {model}: {show_setting(values)} ({'chosen on the validation split' if (model if model in METHODS else 'kd') in tried else 'given'})")
         say(f"{setting.replace('_', ' ')}: validation accuracy: {means}")
     result = make_result(job, folder.name, command, settings, seconds, time.perf_counter() - start, resumed)
     write_run(job, folder, settings, result)

@@ -53,7 +53,7 @@ def check_teacher(
                          'these classes, it sees the images in another form than in its training, or these are too few images to tell. Fine-tune it first, or check the normalisation.')
     return e.accuracy
 
-# %% ../nbs/05_logits.ipynb #2e3681ec
+# %% ../nbs/05_logits.ipynb #9d30beec
 class Distill(Objective):
     "Logit matching: (1−α)·CE(hard labels) + α·T²·KL(teacher ‖ student). Images without a label have only the soft part."
     def __init__(self,
@@ -63,8 +63,10 @@ class Distill(Objective):
         alpha:float=0.9, # Weight of the soft part, in [0, 1]
         divergence=kd_loss, # Soft loss: any function (student_logits, teacher_logits, temperature)
         standardize:bool=False, # Logit standardisation, Sun et al. 2024
+        examine:bool=True, # The teacher must be better than chance; False: it may be as weak as it is
     ):
         super().__init__(student)
+        self.examine = examine
         self.loss = DistillationLoss(temperature, alpha, divergence, standardize)  # its errors come before the teacher is frozen
         self.teacher = teacher if isinstance(teacher, Frozen) else Frozen(teacher)
 
@@ -79,7 +81,8 @@ class Distill(Objective):
         if self.model is self.teacher.model: raise ValueError('the student must be another module than the teacher, which is frozen; use copy.deepcopy(teacher).')
         self.teacher.check(data)
         if self.teacher.exact_at not in (None, self.loss.temperature): warnings.warn(f'the teacher keeps its largest logits for temperature {self.teacher.exact_at:g}, but is used at {self.loss.temperature:g}: the weight of the others is wrong there. Make the CachedTeacher with temperature={self.loss.temperature:g}.', stacklevel=2)
-        check_teacher(self.teacher, data if valid is None else valid)
+        if self.examine: check_teacher(self.teacher, data if valid is None else valid)
+        else: check_classes(self.teacher.model, data, 'the teacher')
 
 # %% ../nbs/05_logits.ipynb #6a2890fc
 def interval(
@@ -143,7 +146,7 @@ def keep(self:Comparison,
     self.histories.setdefault(name, history)
     if name not in self.students or accuracy > self.students[name][0]: self.students[name] = (accuracy, student)
 
-# %% ../nbs/05_logits.ipynb #2fa8667c
+# %% ../nbs/05_logits.ipynb #388a5db7
 def compare(
     make_student, # Called without arguments; makes a new student (the seed is set before)
     contenders:dict, # {name: (function from a student to an objective, training data)}, or {name: function from a student to (objective, training data) or (objective, training data, recipe of its own)}; the first is the baseline
@@ -173,7 +176,8 @@ def compare(
         torch.manual_seed(seed)
         student, c = make_student(), contenders[name]
         objective, data, *own = c(student) if callable(c) else (c[0](student), c[1])
-        history = fit(objective, data, replace(own[0] if own else recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
+        try: history = fit(objective, data, replace(own[0] if own else recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
+        except DivergedError as error: raise DivergedError(f'{name}, seed {seed}: {error}') from error
         result.runs.append({'model': name, 'seed': seed, 'seconds': history.seconds} | _measure(student, teacher_logits, valid, test))
         result.keep(name, result.runs[-1]['valid_accuracy'], student, history)
     return result
@@ -243,18 +247,21 @@ def plot(self:Comparison,
     if ax is None: left.figure.tight_layout()
     return left.figure
 
-# %% ../nbs/05_logits.ipynb #c5833cba
+# %% ../nbs/05_logits.ipynb #ded7d19f
 def try_each(
     name:str, # What the settings belong to, for the message
     make_student, # Called without arguments; makes a new student
     contenders:dict, # {label of a setting: contender}, as in `compare`
     recipe:Recipe, # The same for all
     valid, # Validation split
-    **kwargs, # `seeds`, `folder`, `device`, `progress`, `compile` of `compare`
+    seeds=5, # As in `compare`
+    folder:str|Path|None=None, # As in `compare`
+    **kwargs, # `device`, `progress`, `compile` of `compare`
 )->list: # For each setting its row of `compare`, or None where it diverged
     "Compare settings on the validation split; one that diverges is a try that failed. Raises `DivergedError` if all of them diverge."
+    if 'test' in kwargs: raise ValueError('test must be left out: choices are made on the validation split.')
     def row(label):
-        try: return compare(make_student, {label: contenders[label]}, recipe, valid, **kwargs).rows()[0]
+        try: return compare(make_student, {label: contenders[label]}, recipe, valid, seeds=seeds, folder=folder, **kwargs).rows()[0]
         except DivergedError: return None
     found = [row(label) for label in contenders]
     if not any(found): raise DivergedError(f'every setting of {name} diverged; a smaller learning rate than {recipe.lr:g} usually helps.')

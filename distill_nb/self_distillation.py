@@ -49,7 +49,7 @@ class Generations:
         "All generations as one model."
         return Ensemble(self.models)
 
-# %% ../nbs/08_self.ipynb #cc9620fe
+# %% ../nbs/08_self.ipynb #ce7401fe
 def born_again(
     make_student, # Called without arguments; makes a new network (the seed is set before)
     data, # Training data with labels
@@ -71,7 +71,7 @@ def born_again(
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             torch.manual_seed(seed)
             model = make_student()
-        teach = Supervised if k == 0 else partial(Distill, teacher=copy.deepcopy(made.models[-1]), temperature=temperature, alpha=alpha)
+        teach = Supervised if k == 0 else partial(Distill, teacher=copy.deepcopy(made.models[-1]), temperature=temperature, alpha=alpha, examine=False)
         where = folder and Path(folder)/f'generation-{k}'
         made.histories.append(fit(teach(model), data, replace(recipe, seed=seed), valid, where, True, device.type, progress))
         made.models.append(model)

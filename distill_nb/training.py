@@ -8,11 +8,10 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'PRECISIONS', 'Frozen', 'evaluating', 'cal
            'read_checkpoint', 'Recipe', 'plan', 'Objective', 'check_classes', 'Supervised', 'History', 'environment',
            'DivergedError', 'fit_device', 'image_order', 'seed_noise', 'describe', 'fit']
 
-# %% ../nbs/04_training.ipynb #26cc751d
+# %% ../nbs/04_training.ipynb #cb3526fc
 import hashlib, json, math, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,7 +194,7 @@ class Recipe:
 
     def __post_init__(self): self.check()
 
-# %% ../nbs/04_training.ipynb #bc3b6f2a
+# %% ../nbs/04_training.ipynb #7667bb14
 OPTIMIZERS, PRECISIONS = ('sgd', 'adam', 'adamw'), ('auto', 'float32', 'bfloat16', 'float16')
 
 def _must(ok, name, value, allowed):
@@ -205,7 +204,7 @@ def _must(ok, name, value, allowed):
 def check(self:Recipe):
     "Raise a `ValueError` that names the first field that makes no sense."
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0
-    number = lambda v: v if isinstance(v, Real) and not isinstance(v, bool) else math.nan  # which no comparison lets pass
+    number = lambda v: v if isinstance(v, (int, float)) and not isinstance(v, bool) else math.nan  # which no comparison lets pass
     for name in ('epochs', 'lr'): _must(0 < number(getattr(self, name)) < math.inf, name, getattr(self, name), 'a finite number greater than 0')
     for name in ('batch_size', 'accumulate'): _must(whole(getattr(self, name)), name, getattr(self, name), 'a whole number greater than 0')
     _must(self.steps is None or whole(self.steps), 'steps', self.steps, 'a whole number greater than 0, or None')
@@ -214,7 +213,8 @@ def check(self:Recipe):
     _must(self.clip is None or number(self.clip) > 0, 'clip', self.clip, 'greater than 0, or None')
     for name, known in (('optimizer', OPTIMIZERS), ('schedule', SCHEDULES), ('precision', PRECISIONS)):
         _must(getattr(self, name) in known, name, getattr(self, name), 'one of ' + ', '.join(known))
-    _must(isinstance(self.seed, int), 'seed', self.seed, 'a whole number')
+    _must(isinstance(self.augment, bool), 'augment', self.augment, 'True or False')
+    _must(isinstance(self.seed, int) and not isinstance(self.seed, bool), 'seed', self.seed, 'a whole number')
 
 # %% ../nbs/04_training.ipynb #0f44f00c
 @patch

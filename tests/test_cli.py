@@ -151,6 +151,13 @@ def test_a_setting_that_diverged_is_said(tmp_path, monkeypatch, capsys):
     assert [t['valid_accuracy'] is None for t in json.loads((tmp_path/'run'/'result.json').read_text())['tries']['all_labels']] == [True, False]
 
 
+def test_what_was_given_is_not_said_to_be_chosen(tmp_path, capsys):
+    assert command(*QUICK, '--labels', 0, '--method', 'kd,hint', '--out', tmp_path/'run') == 0
+    said = capsys.readouterr().out
+    assert 'all labels, kd: T=4, alpha=0.9 (given)' in said and 'T=4, alpha=0.9 (chosen on the validation split)' in said.split('all labels, hint: weight=')[1]
+    assert 'Settings of hint were chosen on the validation split.' in (tmp_path/'run'/'report.html').read_text()
+
+
 def test_a_single_other_method(tmp_path):
     assert command(*QUICK, '--labels', 0, '--method', 'kd_std', '--out', tmp_path/'run') == 0
     result = json.loads((tmp_path/'run'/'result.json').read_text())
@@ -189,12 +196,12 @@ def bad_files(tmp_path_factory):
 
 @pytest.mark.parametrize('argv,said', [
     (['--temperature', '0'], 'temperature'), (['--temperature', '-3'], 'temperature'), (['--temperature', 'warm'], 'temperature'), (['--alpha', '1.5'], 'alpha'), (['--alpha', '-1'], 'alpha'),
-    (['--epochs', '0'], 'epochs'), (['--teacher_epochs', '-1'], 'epochs'), (['--seeds', '0'], 'seeds'), (['--batch_size', '0'], 'batch_size'), (['--lr', 'nan'], 'lr'), (['--size', '0'], 'size'),
+    (['--epochs', '0'], 'epochs'), (['--teacher_epochs', '-1'], 'teacher_epochs'), (['--teacher_epochs', 'nan'], 'teacher_epochs'), (['--seeds', '0'], 'seeds'), (['--batch_size', '0'], 'batch_size'), (['--lr', 'nan'], 'lr'), (['--size', '0'], 'size'),
     (['--labels', '-1'], 'labels'), (['--labels', '5000'], 'labels'), (['--labels', '3'], '10 classes'), (['--data', 'digit'], 'digits'), (['--data', 'folder:/nowhere'], '/nowhere'), (['--data', 'folder:EMPTY'], 'empty'),
     (['--data', 'folder:ONE'], 'class'), (['--data', 'folder:DAMAGED'], '0.png'), (['--teacher', 'resnet57'], 'resnet56'), (['--student', 'torchvision:resnet19'], 'resnet18'),
     (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'BAD/damaged.safetensors'], 'damaged'), (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
     (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'), (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'), (['--temperature', '1e300'], 'temperature'), (['--batch_size', '1000000000000'], 'batch_size'), (['--precision', 'float16', '--device', 'cpu'], 'float16'),
-    (['--method', 'magic'], 'born_again'), (['--method', 'alone'], 'method'), (['--method', 'hint', '--temperature', '2'], 'temperature must be left out for hint'), (['--method', 'kd,kd'], 'method'), (['--method', 'kd,self', '--cache', '1'], 'method self'), (['--method', 'dkd,dist', '--cache', 'live,2'], 'cache'), (['--cache', '0'], 'cache'), (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'), (['--cache', ''], 'cache'),
+    (['--method', 'magic'], 'born_again'), (['--method', 'alone'], 'method'), (['--method', 'self', '--temperature', '2'], 'temperature must be left out for self'), (['--method', 'kd,kd'], 'method'), (['--method', 'kd,self', '--cache', '1'], 'method self'), (['--method', 'dkd,dist', '--cache', 'live,2'], 'cache'), (['--cache', '0'], 'cache'), (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'), (['--cache', ''], 'cache'),
     (['--teacher_weights', 'BAD/nan.safetensors'], 'not finite'), (['--teacher_weights', 'BAD/foreign.safetensors'], 'foreign.safetensors'), (['--out', 'BAD/other'], 'holds no run')])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_path, capsys):
     places = {'BAD': str(bad_files), 'DAMAGED': str(bad_files/'damaged_photos'), 'ONE': str(bad_files/'one_class'), 'EMPTY': str(bad_files/'empty')}

@@ -245,3 +245,13 @@ def test_tune_goes_on_where_a_pair_diverges(teacher, monkeypatch):
     assert best == (4., 0.9) and rows[0] == {'temperature': 2., 'alpha': 0.9, 'valid_accuracy': None, 'ci95': None} and rows[1]['valid_accuracy'] > 0
     with pytest.raises(DivergedError, match='every setting of distillation'): tune(net, teacher, images(), images(seed=1), RECIPE, ((2., 0.9),))
     with pytest.raises(ValueError, match='different'): tune(net, teacher, images(), images(seed=1), RECIPE, ((4., 0.9), (4., 0.9)))
+    with pytest.raises(ValueError, match='test must be left out'): tune(net, teacher, images(), images(seed=1), RECIPE, test=images(seed=2))
+    with pytest.raises(DivergedError, match='^distilled, seed 3: the loss'): compare(net, {'distilled': (lambda s: explodes_at_2(s, teacher, 2., 0.9), images())}, RECIPE, images(seed=1), seeds=[3])
+
+
+def test_a_teacher_that_need_not_pass_the_exam(teacher):
+    weak = net()
+    for p in weak.parameters(): torch.nn.init.zeros_(p)
+    with pytest.raises(ValueError, match='no better than chance'): fit(Distill(net(), weak), images(), RECIPE)
+    fit(Distill(net(), weak, examine=False), images(), RECIPE)
+    with pytest.raises(ValueError, match='the teacher'): fit(Distill(net(), net(CLASSES + 4), examine=False), images(), RECIPE)

@@ -1,16 +1,17 @@
 """Every method with the same budget, on the images that it may use, and with a teacher that stays as it was."""
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from distill_nb import training
+from distill_nb import methods, training
 from distill_nb.cache import CachedTeacher
 from distill_nb.data import digits, few_labels
 from distill_nb.logits import compare
 from distill_nb.losses import UNLABELLED
 from distill_nb.methods import METHODS, Task, choose, contender, grid, rehearse
-from distill_nb.models import digit_student, digit_teacher, fingerprint
+from distill_nb.models import build_model, digit_student, digit_teacher, fingerprint
 from distill_nb.training import DivergedError, Recipe, Supervised, fit
 
 RECIPE = Recipe(steps=6, batch_size=32, optimizer='adamw', lr=0.02, precision='float32')
@@ -23,7 +24,7 @@ def task():
     teacher = digit_teacher()
     fit(Supervised(teacher), train, Recipe(epochs=2, batch_size=64, optimizer='adamw', lr=0.01, precision='float32'))
     labelled, transfer = few_labels(train, 100)
-    return Task(CachedTeacher(teacher, transfer), labelled, transfer, RECIPE)
+    return Task(digit_student, CachedTeacher(teacher, transfer), labelled, transfer, RECIPE)
 
 
 def test_each_method_has_as_many_tries_as_every_other():
@@ -85,7 +86,7 @@ def test_a_rehearsal_changes_nothing_that_comes_later(name, task):
     torch.manual_seed(3)
     student = digit_student()
     state = torch.get_rng_state()
-    rehearse(name, student, task._replace(teacher=teacher))
+    rehearse(name, task._replace(teacher=teacher))
     assert torch.equal(torch.get_rng_state(), state) and fingerprint(teacher.state_dict()) == before
     assert [p.requires_grad for p in teacher.parameters()] == grads and teacher.training
 
@@ -93,18 +94,18 @@ def test_a_rehearsal_changes_nothing_that_comes_later(name, task):
 def test_the_choice_is_the_best_on_the_validation_split(task):
     valid = digits().valid
     settings = grid(temperature=(4., 4.), alpha=(0., 0.9))
-    best, tries = choose('kd', digit_student, task, valid, settings)
+    best, tries = choose('kd', task, valid, settings)
     assert [t['method'] for t in tries] == ['kd', 'kd'] and [{k: t[k] for k in s} for t, s in zip(tries, settings)] == list(settings)
     assert best == settings[max(range(2), key=lambda i: tries[i]['valid_accuracy'])]
-    assert choose('kd', digit_student, task, valid, settings[:1]) == (settings[0], [])
+    assert choose('kd', task, valid, settings[:1]) == (settings[0], [])
 
 
 def test_a_setting_that_diverges_is_a_try_that_failed(task, tmp_path):
     valid = digits().valid
-    best, tries = choose('relational', digit_student, task, valid, grid(weight=(1e38, 0.01)), tmp_path)
+    best, tries = choose('relational', task, valid, grid(weight=(1e38, 0.01)), tmp_path)
     assert best == {'weight': 0.01} and tries[0] == {'method': 'relational', 'weight': 1e38, 'valid_accuracy': None} and tries[1]['valid_accuracy'] > 0
-    assert choose('relational', digit_student, task, valid, grid(weight=(1e38, 0.01)), tmp_path) == (best, tries)
-    with pytest.raises(DivergedError, match='every setting of relational diverged'): choose('relational', digit_student, task, valid, grid(weight=(1e38, 2e38)))
+    assert choose('relational', task, valid, grid(weight=(1e38, 0.01)), tmp_path) == (best, tries)
+    with pytest.raises(DivergedError, match='every setting of relational diverged'): choose('relational', task, valid, grid(weight=(1e38, 2e38)))
 
 
 def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
@@ -122,8 +123,66 @@ def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
         return fingerprint(student.state_dict())
     first = again()
     assert again() == first and trained == [0, 80]
-    rehearse('born_again', digit_student(), task._replace(folder=tmp_path/'none'))
+    rehearse('born_again', task._replace(folder=tmp_path/'none'))
     assert not (tmp_path/'none').exists()
+
+
+def test_the_earlier_student_has_initial_weights_and_a_seed_of_its_own(task, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(methods, 'fit', lambda objective, data, recipe, **_: seeds.append(recipe.seed))
+    def start(seed):
+        torch.manual_seed(seed)
+        student = digit_student()
+        state = torch.get_rng_state()
+        objective, _ = contender('born_again', task, temperature=4., alpha=0.5)(student)
+        assert torch.equal(torch.get_rng_state(), state)
+        return fingerprint(student.state_dict()), fingerprint(objective.teacher.model.state_dict())
+    (a, earlier_a), (b, earlier_b) = start(1), start(2)
+    assert len({a, b, earlier_a, earlier_b}) == 4 and start(1) == (a, earlier_a) and seeds[0] == seeds[2] != seeds[1] != RECIPE.seed
+
+
+def test_a_student_that_always_begins_with_the_same_weights_has_an_earlier_one_for_each_seed(task, tmp_path):
+    first = digit_student()
+    again = task._replace(make_student=lambda: copy.deepcopy(first), folder=tmp_path, recipe=replace(RECIPE, steps=40))
+    for _ in range(2): compare(again.make_student, {'born_again': contender('born_again', again, temperature=4., alpha=0.5)}, again.recipe, digits().valid, seeds=2, folder=tmp_path)
+    assert len(list(tmp_path.glob('earlier-*'))) == 2
+
+
+def test_an_earlier_student_may_be_no_better_than_chance(task):
+    weak = task._replace(recipe=replace(RECIPE, steps=1, lr=1e-9))
+    found = compare(digit_student, {'born_again': contender('born_again', weak, temperature=4., alpha=0.5)}, RECIPE, digits().valid, seeds=1)
+    assert found.runs[0]['valid_accuracy'] > 0
+
+
+def test_the_earlier_student_is_trained_on_the_device_of_the_task_and_rehearsed_on_the_cpu(task, monkeypatch):
+    devices = []
+    monkeypatch.setattr(methods, 'fit', lambda *_, device, **__: devices.append(device))
+    contender('born_again', task._replace(device='cuda:1'), temperature=4., alpha=0.5)(digit_student())
+    rehearse('born_again', task._replace(device='cuda:1'))
+    assert devices == ['cuda:1', 'cpu']
+
+
+@pytest.mark.parametrize('bad', [dict(temperature=-2., alpha=0.5), dict(temperature='4', alpha=0.5), dict(temperature=4.), dict(temperature=4., alpha=0.5, weight=1.)])
+def test_a_setting_that_makes_no_sense_is_refused_before_the_others_are_tried(task, bad, monkeypatch):
+    monkeypatch.setattr(methods, 'try_each', lambda *_, **__: pytest.fail('something was trained'))
+    for settings in ([dict(temperature=4., alpha=0.5), bad], [bad]):
+        with pytest.raises(ValueError, match='kd'): choose('kd', task, digits().valid, settings)
+    with pytest.raises(ValueError, match='setting of kd must name temperature, alpha, but names nothing'): contender('kd', task)
+
+
+def test_no_choice_is_made_on_the_test_split(task):
+    with pytest.raises(ValueError, match='test must be left out'): choose('kd', task, digits().valid, test=digits().test)
+
+
+@pytest.mark.parametrize('name', ['alone', 'kd', 'hint', 'self'])
+def test_a_student_for_other_images_is_refused_in_rehearsal(name, task):
+    with pytest.raises(ValueError, match=f'method {name} does not work here'): rehearse(name, task._replace(make_student=lambda: build_model('digit_student', 10, 3, 8)))
+
+
+def test_feature_methods_take_another_temperature_and_alpha(task):
+    objective, _ = contender('hint', task, weight=1., temperature=2., alpha=0.5)(digit_student())
+    usual, _ = contender('hint', task, weight=1.)(digit_student())
+    assert (objective.loss.temperature, objective.loss.alpha, usual.loss.temperature, usual.loss.alpha) == (2., 0.5, 4., 0.9)
 
 
 def test_contenders_with_data_of_their_own_need_the_steps(task):
@@ -142,8 +201,9 @@ def test_a_teacher_that_wraps_a_model_is_asked_as_a_whole(task):
 
 
 def test_settings_that_cannot_be_told_apart_and_unknown_methods_are_refused(task):
-    with pytest.raises(ValueError, match='different'): choose('kd', digit_student, task, digits().valid, [dict(temperature=1., alpha=0.5)]*2)
-    with pytest.raises(ValueError, match='born_again'): choose('magic', digit_student, task, digits().valid)
+    for settings in ([dict(temperature=1., alpha=0.5)]*2, [dict(temperature=4, alpha=0.5), dict(alpha=0.5, temperature=4.)], []):
+        with pytest.raises(ValueError, match='different'): choose('kd', task, digits().valid, settings)
+    with pytest.raises(ValueError, match='born_again'): choose('magic', task, digits().valid)
 
 
 def test_an_unknown_method_is_named(task):

@@ -129,6 +129,10 @@ def test_born_again_refuses_before_it_trains(bad):
     with pytest.raises(ValueError, match=name): born_again(make, images(), RECIPE, images(), **bad)
 
 
+def test_a_weak_generation_teaches_as_well_as_it_can():
+    assert len(born_again(net, images(), replace(RECIPE, steps=1, lr=1e-9), images(seed=1), generations=2).models) == 2
+
+
 def test_the_ensemble_is_the_mean_of_the_probabilities():
     models, x = [staged(s).eval() for s in range(3)], images().get(torch.arange(9)).x
     mean = sum(m(x).double().softmax(1) for m in models) / 3

@@ -117,7 +117,7 @@ def test_fit_leaves_the_teacher_alone_and_trains_adapters():
 
 @pytest.mark.parametrize('bad', [dict(epochs=0), dict(epochs=math.inf), dict(epochs=math.nan), dict(steps=0), dict(steps=2.5), dict(batch_size=0), dict(batch_size=True),
                                  dict(lr=0), dict(lr=-1), dict(lr=math.nan), dict(momentum=1), dict(weight_decay=-1), dict(warmup=1), dict(clip=0), dict(accumulate=0),
-                                 dict(lr='0.1'), dict(lr=True), dict(lr=None), dict(epochs='2'), dict(weight_decay='0'), dict(clip='1'),
+                                 dict(lr='0.1'), dict(lr=True), dict(lr=np.float32(0.1)), dict(epochs=np.int64(2)), dict(augment='no'), dict(augment=1), dict(seed=True), dict(lr=None), dict(epochs='2'), dict(weight_decay='0'), dict(clip='1'),
                                  dict(optimizer='lion'), dict(schedule='x'), dict(precision='fp8'), dict(seed=1.5)])
 def test_a_recipe_names_what_is_wrong_with_it(bad):
     (name, value), = bad.items()
