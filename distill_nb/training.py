@@ -402,7 +402,7 @@ class _Run:
         self._place(data, compile)
         if kept: self._restore(*kept)
 
-# %% ../nbs/04_training.ipynb #c9a6dfc4
+# %% ../nbs/04_training.ipynb #6037e7c8
 def fit_device(
     device:str|None=None, # 'cpu', 'cuda', 'mps', ...; None lets `accelerate` choose
 )->torch.device:
@@ -430,6 +430,16 @@ def _accelerator(recipe, device):
         raise ValueError(f'batch_size must be a multiple of processes x accumulate = {world} x {pieces}, but is {recipe.batch_size}.')
     mixed = {'float32': 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}[precision]
     return Accelerator(cpu=want.type == 'cpu', mixed_precision=mixed, gradient_accumulation_steps=pieces)
+
+@contextmanager
+def _own_precision():
+    "Put back what `accelerate` keeps for the whole process, the precision among it, when the run is over."
+    from accelerate.state import AcceleratorState
+    kept = dict(AcceleratorState._shared_state)
+    try: yield
+    finally:
+        AcceleratorState._reset_state()
+        AcceleratorState._shared_state.update(kept)
 
 # %% ../nbs/04_training.ipynb #85e37529
 def image_order(
@@ -634,7 +644,7 @@ def _finish(self:_Run):
     self.objective.eval()
     return self.history
 
-# %% ../nbs/04_training.ipynb #6f5e88f5
+# %% ../nbs/04_training.ipynb #c7958ea6
 def fit(
     objective:nn.Module, # Maps a `Batch` to {name: loss}; its parameters are trained in place
     data, # The training set: an `ImageData` or `ImageFiles`
@@ -649,5 +659,5 @@ def fit(
 )->History: # Curves, seconds, environment
     "Minimise the sum of the losses of `objective` over `data`. Raises `ValueError` on bad input before the first step."
     device = fit_device(device)
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):  # the caller's random numbers stay as they were
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []), _own_precision():  # the caller's random numbers and precision stay as they were
         return _Run(objective, data, recipe, valid, folder, resume, device, progress, save_every, compile).run()

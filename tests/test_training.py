@@ -105,6 +105,19 @@ def test_a_frozen_teacher_moves_with_its_objective():
     assert next(objective.teacher.model.parameters()).dtype == torch.float64
 
 
+def test_fit_leaves_the_precision_of_other_accelerators_alone():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state()
+    fit(Supervised(net()), images(), replace(RECIPE, precision='bfloat16'))
+    mine = Accelerator(cpu=True)
+    assert mine.mixed_precision == 'no'
+    fit(Supervised(net()), images(), replace(RECIPE, precision='bfloat16'))
+    with mine.autocast(): assert mine.mixed_precision == 'no' and not torch.is_autocast_enabled('cpu')
+    with pytest.raises(ValueError, match='batch_size'): fit(Supervised(net()), images(), replace(RECIPE, precision='bfloat16', batch_size=16, accumulate=3))
+    assert mine.mixed_precision == 'no'
+
+
 def test_fit_leaves_the_teacher_alone_and_trains_adapters():
     teacher = digit_teacher()
     objective = Distilling(digit_student(classes=3), nn.Sequential(teacher, nn.Linear(10, 3)))
