@@ -553,7 +553,7 @@ def kept_if_worth(
             if not existed: folder.rmdir()
         raise
 
-# %% ../nbs/cli.ipynb #4f95189e
+# %% ../nbs/cli.ipynb #4d3ca31e
 def distill_nb(
     data:str='digits', # digits, mnist, fashion_mnist, cifar10, cifar100 or folder:PATH
     teacher:str=None, # Teacher: a name of ours or torchvision:NAME; default: by data set
@@ -564,7 +564,7 @@ def distill_nb(
     temperature:float=None, # T of the loss; default: chosen on the validation split, but 4 for hint, attention and relational
     alpha:float=None, # Weight of the soft loss, 0 to 1; default: chosen on the validation split, but 0.9 for hint, attention and relational
     epochs:float=None, # Passes of the students over the training images
-    teacher_epochs:float=None, # Passes of the teacher; default: as epochs
+    teacher_epochs:float=None, # Passes of the teacher; default: as epochs where given, else by data set
     batch_size:int=None, # Images per step
     lr:float=None, # Highest learning rate of the students
     seeds:int=5, # Seeds that each student is trained with

@@ -53,7 +53,7 @@ def check_teacher(
                          'these classes, it sees the images in another form than in its training, or these are too few images to tell. Fine-tune it first, or check the normalisation.')
     return e.accuracy
 
-# %% ../nbs/05_logits.ipynb #9d30beec
+# %% ../nbs/05_logits.ipynb #55d21696
 class Distill(Objective):
     "Logit matching: (1−α)·CE(hard labels) + α·T²·KL(teacher ‖ student). Images without a label have only the soft part."
     def __init__(self,
@@ -66,7 +66,7 @@ class Distill(Objective):
         examine:bool=True, # The teacher must be better than chance; False: it may be as weak as it is
     ):
         super().__init__(student)
-        self.examine = examine
+        self._examine = examine
         self.loss = DistillationLoss(temperature, alpha, divergence, standardize)  # its errors come before the teacher is frozen
         self.teacher = teacher if isinstance(teacher, Frozen) else Frozen(teacher)
 
@@ -81,7 +81,7 @@ class Distill(Objective):
         if self.model is self.teacher.model: raise ValueError('the student must be another module than the teacher, which is frozen; use copy.deepcopy(teacher).')
         self.teacher.check(data)
         if self.teacher.exact_at not in (None, self.loss.temperature): warnings.warn(f'the teacher keeps its largest logits for temperature {self.teacher.exact_at:g}, but is used at {self.loss.temperature:g}: the weight of the others is wrong there. Make the CachedTeacher with temperature={self.loss.temperature:g}.', stacklevel=2)
-        if self.examine: check_teacher(self.teacher, data if valid is None else valid)
+        if self._examine: check_teacher(self.teacher, data if valid is None else valid)
         else: check_classes(self.teacher.model, data, 'the teacher')
 
 # %% ../nbs/05_logits.ipynb #6a2890fc
@@ -146,7 +146,7 @@ def keep(self:Comparison,
     self.histories.setdefault(name, history)
     if name not in self.students or accuracy > self.students[name][0]: self.students[name] = (accuracy, student)
 
-# %% ../nbs/05_logits.ipynb #388a5db7
+# %% ../nbs/05_logits.ipynb #435a7d24
 def compare(
     make_student, # Called without arguments; makes a new student (the seed is set before)
     contenders:dict, # {name: (function from a student to an objective, training data)}, or {name: function from a student to (objective, training data) or (objective, training data, recipe of its own)}; the first is the baseline
@@ -175,8 +175,9 @@ def compare(
     for seed, name in tqdm(todo, desc='compare', unit='run', leave=False, delay=1, disable=not progress):
         torch.manual_seed(seed)
         student, c = make_student(), contenders[name]
-        objective, data, *own = c(student) if callable(c) else (c[0](student), c[1])
-        try: history = fit(objective, data, replace(own[0] if own else recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
+        try:
+            objective, data, *own = c(student) if callable(c) else (c[0](student), c[1])
+            history = fit(objective, data, replace(own[0] if own else recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
         except DivergedError as error: raise DivergedError(f'{name}, seed {seed}: {error}') from error
         result.runs.append({'model': name, 'seed': seed, 'seconds': history.seconds} | _measure(student, teacher_logits, valid, test))
         result.keep(name, result.runs[-1]['valid_accuracy'], student, history)

@@ -127,7 +127,7 @@ def rehearse(
             objective(batch)
         except (ValueError, TypeError, RuntimeError, IndexError) as e: raise ValueError(f'method {name} does not work here: {e}') from e
 
-# %% ../nbs/methods.ipynb #9783d91e
+# %% ../nbs/methods.ipynb #50cdd03b
 def choose(
     name:str, # A key of `METHODS`
     task:Task, # What it may use
@@ -138,11 +138,10 @@ def choose(
 )->tuple: # The best setting, and a row per setting, with accuracy None where it diverged
     "Try each setting once on the validation split; the first of the best wins. Raises `DivergedError` if all of them diverge."
     settings = list(_method(name).grid if settings is None else settings)
-    if not settings or any(s in settings[:i] for i, s in enumerate(settings)): raise ValueError(f'settings must be at least one, and different ones, but are {settings!r}.')
+    if not settings or any(not isinstance(s, dict) or s in settings[:i] for i, s in enumerate(settings)): raise ValueError(f'settings must be at least one dict, and different ones, but are {settings!r}.')
+    made = {' '.join(f'{k}={v}' for k, v in s.items()): contender(name, task, **s) for s in settings}
     for s in settings: rehearse(name, task, **s)
     if len(settings) == 1: return settings[0], []
-    labels = [' '.join(f'{k}={v}' for k, v in s.items()) for s in settings]
-    made = {label: contender(name, task, **s) for label, s in zip(labels, settings)}
     found = [row and row['accuracy'] for row in try_each(name, task.make_student, made, task.recipe, valid, seeds=[1000], folder=folder, **kwargs)]
     tries = [{'method': name, **s, 'valid_accuracy': accuracy} for s, accuracy in zip(settings, found)]
     return settings[max(range(len(found)), key=lambda i: -1. if found[i] is None else found[i])], tries

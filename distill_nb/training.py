@@ -8,8 +8,8 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'PRECISIONS', 'Frozen', 'evaluating', 'cal
            'read_checkpoint', 'Recipe', 'plan', 'Objective', 'check_classes', 'Supervised', 'History', 'environment',
            'DivergedError', 'fit_device', 'image_order', 'seed_noise', 'describe', 'fit']
 
-# %% ../nbs/04_training.ipynb #cb3526fc
-import hashlib, json, math, time
+# %% ../nbs/04_training.ipynb #c5eb0e95
+import copy, hashlib, json, math, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -402,7 +402,7 @@ class _Run:
         self._place(data, compile)
         if kept: self._restore(*kept)
 
-# %% ../nbs/04_training.ipynb #6037e7c8
+# %% ../nbs/04_training.ipynb #8e684ca4
 def fit_device(
     device:str|None=None, # 'cpu', 'cuda', 'mps', ...; None lets `accelerate` choose
 )->torch.device:
@@ -432,14 +432,16 @@ def _accelerator(recipe, device):
     return Accelerator(cpu=want.type == 'cpu', mixed_precision=mixed, gradient_accumulation_steps=pieces)
 
 @contextmanager
-def _own_precision():
-    "Put back what `accelerate` keeps for the whole process, the precision among it, when the run is over."
-    from accelerate.state import AcceleratorState
-    kept = dict(AcceleratorState._shared_state)
+def _own_state():
+    "Put back what `accelerate` keeps for the whole process, precision and accumulation among it, when the run is over."
+    from accelerate.state import AcceleratorState, GradientState
+    kept = [(state, {k: copy.copy(v) if isinstance(v, (dict, list)) else v for k, v in state._shared_state.items()}) for state in (AcceleratorState, GradientState)]
+    for state, _ in kept: state._reset_state()
     try: yield
     finally:
-        AcceleratorState._reset_state()
-        AcceleratorState._shared_state.update(kept)
+        for state, values in kept:
+            state._reset_state()
+            state._shared_state.update(values)
 
 # %% ../nbs/04_training.ipynb #85e37529
 def image_order(
@@ -644,7 +646,7 @@ def _finish(self:_Run):
     self.objective.eval()
     return self.history
 
-# %% ../nbs/04_training.ipynb #c7958ea6
+# %% ../nbs/04_training.ipynb #a6c86c7b
 def fit(
     objective:nn.Module, # Maps a `Batch` to {name: loss}; its parameters are trained in place
     data, # The training set: an `ImageData` or `ImageFiles`
@@ -659,5 +661,5 @@ def fit(
 )->History: # Curves, seconds, environment
     "Minimise the sum of the losses of `objective` over `data`. Raises `ValueError` on bad input before the first step."
     device = fit_device(device)
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []), _own_precision():  # the caller's random numbers and precision stay as they were
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []), _own_state():  # the caller's random numbers and accelerators stay as they were
         return _Run(objective, data, recipe, valid, folder, resume, device, progress, save_every, compile).run()

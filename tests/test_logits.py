@@ -10,7 +10,7 @@ from distill_nb.data import CropFlip, ImageData
 from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, tune
 from distill_nb.losses import UNLABELLED, DistillationLoss, reverse_kl_loss
 from distill_nb.models import fingerprint
-from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, fit
+from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')
 CLASSES = 3
@@ -254,4 +254,5 @@ def test_a_teacher_that_need_not_pass_the_exam(teacher):
     for p in weak.parameters(): torch.nn.init.zeros_(p)
     with pytest.raises(ValueError, match='no better than chance'): fit(Distill(net(), weak), images(), RECIPE)
     fit(Distill(net(), weak, examine=False), images(), RECIPE)
+    assert describe(Distill(net(), weak, examine=False)) == describe(Distill(net(), weak))
     with pytest.raises(ValueError, match='the teacher'): fit(Distill(net(), net(CLASSES + 4), examine=False), images(), RECIPE)

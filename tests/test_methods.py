@@ -148,6 +148,11 @@ def test_a_student_that_always_begins_with_the_same_weights_has_an_earlier_one_f
     assert len(list(tmp_path.glob('earlier-*'))) == 2
 
 
+def test_an_earlier_student_that_diverges_is_named(task):
+    wild = contender('born_again', task._replace(recipe=replace(RECIPE, optimizer='sgd', lr=1e30)), temperature=4., alpha=0.5)
+    with pytest.raises(DivergedError, match='^again, seed 7: '): compare(digit_student, {'again': wild}, RECIPE, digits().valid, seeds=[7])
+
+
 def test_an_earlier_student_may_be_no_better_than_chance(task):
     weak = task._replace(recipe=replace(RECIPE, steps=1, lr=1e-9))
     found = compare(digit_student, {'born_again': contender('born_again', weak, temperature=4., alpha=0.5)}, RECIPE, digits().valid, seeds=1)
@@ -167,7 +172,8 @@ def test_a_setting_that_makes_no_sense_is_refused_before_the_others_are_tried(ta
     monkeypatch.setattr(methods, 'try_each', lambda *_, **__: pytest.fail('something was trained'))
     for settings in ([dict(temperature=4., alpha=0.5), bad], [bad]):
         with pytest.raises(ValueError, match='kd'): choose('kd', task, digits().valid, settings)
-    with pytest.raises(ValueError, match='setting of kd must name temperature, alpha, but names nothing'): contender('kd', task)
+    for refused in (lambda: contender('kd', task), lambda: choose('kd', task, digits().valid, [{}])):
+        with pytest.raises(ValueError, match='setting of kd must name temperature, alpha, but names nothing'): refused()
 
 
 def test_no_choice_is_made_on_the_test_split(task):
@@ -201,7 +207,7 @@ def test_a_teacher_that_wraps_a_model_is_asked_as_a_whole(task):
 
 
 def test_settings_that_cannot_be_told_apart_and_unknown_methods_are_refused(task):
-    for settings in ([dict(temperature=1., alpha=0.5)]*2, [dict(temperature=4, alpha=0.5), dict(alpha=0.5, temperature=4.)], []):
+    for settings in ([dict(temperature=1., alpha=0.5)]*2, [dict(temperature=4, alpha=0.5), dict(alpha=0.5, temperature=4.)], [], [(2., 0.5)], dict(temperature=2., alpha=0.5)):
         with pytest.raises(ValueError, match='different'): choose('kd', task, digits().valid, settings)
     with pytest.raises(ValueError, match='born_again'): choose('magic', task, digits().valid)
 

@@ -116,6 +116,21 @@ def test_fit_leaves_the_precision_of_other_accelerators_alone():
     with mine.autocast(): assert mine.mixed_precision == 'no' and not torch.is_autocast_enabled('cpu')
     with pytest.raises(ValueError, match='batch_size'): fit(Supervised(net()), images(), replace(RECIPE, precision='bfloat16', batch_size=16, accumulate=3))
     assert mine.mixed_precision == 'no'
+    x = nn.Parameter(torch.tensor(1.))
+    fit(Supervised(net()), images(), replace(RECIPE, batch_size=16, accumulate=4))
+    mine.backward(2 * x)
+    assert mine.gradient_accumulation_steps == 1 and x.grad == 2 and mine.sync_gradients
+
+
+def test_a_fit_within_a_fit_changes_nothing_outside():
+    class Nested(Supervised):
+        def check(self, data, valid=None):
+            super().check(data, valid)
+            fit(Supervised(net(seed=1)), images(), RECIPE)
+    def weights_of(objective):
+        fit(objective, images(), replace(RECIPE, batch_size=16, accumulate=2))
+        return fingerprint(objective.model.state_dict())
+    assert weights_of(Nested(net())) == weights_of(Supervised(net()))
 
 
 def test_fit_leaves_the_teacher_alone_and_trains_adapters():
