@@ -266,18 +266,18 @@ def prepare(
     data = load_data(o['data'], o['root'], o['size'], **({'skip_damaged': True} if o['skip_damaged'] else {}))
     return _job(o, folder, data, options, recipe_options, device)
 
-# %% ../nbs/cli.ipynb #c617a945
+# %% ../nbs/cli.ipynb #ab76ef01
 def _job(o, folder, data, options, recipe_options, device):
     "The second half of `prepare`: what needs the data."
     p, train = preset(o['data'], data.train.size), data.train
     if o['batch_size'] and o['batch_size'] > len(train): raise ValueError(f"batch_size must be at most the number of training images, {len(train)}, but is {o['batch_size']}.")
     teaching = replace(p.teaching, **{k: v for k, v in recipe_options.items() if k != 'lr'})
     if o['teacher_epochs'] is not None: teaching = replace(teaching, epochs=o['teacher_epochs'])
-    name = o['student'] or p.student
+    name = p.student if o['student'] is None else o['student']
     student = lambda: build_model(name, len(train.classes), train.channels, train.size)
     student()
     torch.manual_seed(0)
-    teacher, trained, normalisation = make_teacher(o['teacher'] or p.teacher, o['teacher_weights'], train)
+    teacher, trained, normalisation = make_teacher(p.teacher if o['teacher'] is None else o['teacher'], o['teacher_weights'], train)
     if normalisation: data = normalised(data, *normalisation)
     if trained: check_teacher(teacher, data.valid)
     methods, answers = chosen_methods(o['method']), answering(o['cache'], data.train)
@@ -519,7 +519,7 @@ MACs, size and latency for one image. ECE: expected calibration error.</small></
 <details><summary>The recipe</summary><pre>{e(json.dumps(recipe, indent=1))}</pre></details></html>
 '''
 
-# %% ../nbs/cli.ipynb #eab31329
+# %% ../nbs/cli.ipynb #b2078488
 def write_run(
     job:Job, # What was run
     folder:Path, # The run folder
@@ -531,7 +531,7 @@ def write_run(
     for name, picture in zip(('curves.png', 'comparison.png'), pictures.values()): write_atomic(folder/name, picture)
     candidates = {(s, n): found for s, (_, _, c) in settings.items() for n, found in c.students.items() if n != 'alone'}
     (setting, name), (accuracy, best) = max(candidates.items(), key=lambda item: item[1][0])
-    architecture = job.options['student'] or preset(job.options['data'], job.data.train.size).student
+    architecture = preset(job.options['data'], job.data.train.size).student if job.options['student'] is None else job.options['student']
     save_weights(best, folder/'student.safetensors', architecture=architecture, setting=setting, trained=name, valid_accuracy=accuracy, mean=job.data.train.mean, std=job.data.train.std)
     save_weights(job.teacher, folder/'teacher.safetensors', mean=job.data.train.mean, std=job.data.train.std)
     recipe = json.loads((folder/'recipe.json').read_text())

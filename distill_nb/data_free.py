@@ -9,7 +9,7 @@ __all__ = ['NO_STATISTICS', 'INVERSION', 'DATA_FREE', 'WAYS', 'bn_layers', 'stat
            'invert', 'dafl_losses', 'Generator', 'as_constant', 'DataFree', 'Pictures', 'Imitate', 'Distilled',
            'find_channels', 'by_generator', 'by_inversion', 'joined', 'distill_without_data']
 
-# %% ../nbs/09_data_free.ipynb #da3facfa
+# %% ../nbs/09_data_free.ipynb #6c0c54aa
 import copy, hashlib, json, math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +25,7 @@ from torch.func import functional_call
 from .data import Batch, ImageData, mix
 from .losses import UNLABELLED, jsd_loss, kd_loss, upcast
 from .models import fingerprint
-from .training import Frozen, History, Objective, Recipe, check_classes, evaluate, fit
+from .training import Frozen, History, Objective, Recipe, check_classes, evaluate, evaluating, fit
 
 # %% ../nbs/09_data_free.ipynb #c00d41fe
 def bn_layers(
@@ -227,7 +227,7 @@ def check_counts(
     for name, n in counts.items():
         if not isinstance(n, int) or isinstance(n, bool) or n < 1: raise ValueError(f'{name} must be a whole number of at least 1, but is {n!r}.')
 
-# %% ../nbs/09_data_free.ipynb #1c94096d
+# %% ../nbs/09_data_free.ipynb #310eb078
 @patch
 def forward(self:DeepInversion, batch:Batch)->dict:
     "The weighted parts of the loss; a part with weight 0 is not computed."
@@ -239,14 +239,17 @@ def forward(self:DeepInversion, batch:Batch)->dict:
     return {name: w * parts[name]() for name, w in self.weights if w}
 
 @patch
-def check(self:DeepInversion, data, valid=None):
+def check(self:DeepInversion,
+    data, # A `Noise` of as many indices as there are images
+    valid=None, # Must be None
+):
     "There must be as many indices as images; a validation split cannot be used, since no classifier trains here."
     if len(data) != len(self.labels): raise ValueError(f'data must have one index for each of the {len(self.labels)} images, but has {len(data)}.')
     if valid is not None: raise ValueError('valid must be None: images train here, and they have no accuracy.')
     check_labels_of(self.teacher.model, self.labels, self.images()[:2])
     check_guides(self.teacher, self.images()[:2], self.weights)
 
-# %% ../nbs/09_data_free.ipynb #3bbc0a96
+# %% ../nbs/09_data_free.ipynb #0590804a
 def check_labels_of(
     teacher:nn.Module, # Maps images to logits (B, C)
     labels:Tensor, # Wanted classes, int64, shape (N,)
@@ -274,13 +277,9 @@ def answer_shape(
 )->int: # Number of classes
     "How many classes `model` tells apart; a `ValueError` if it does not take such images."
     device = next((t.device for t in model.state_dict().values()), x.device)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(): logits = model(x.to(device))
+        with evaluating(model): logits = model(x.to(device))
     except RuntimeError as e: raise ValueError(f'{name} does not take images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}') from e
-    finally:
-        for m, mode in modes: m.training = mode
     if not isinstance(logits, Tensor) or logits.ndim != 2: raise ValueError(f'{name} must map images to logits of shape (B, C), but gives {getattr(logits, "shape", type(logits).__name__)}.')
     return logits.shape[1]
 
@@ -405,16 +404,12 @@ class DataFree(Objective):
         self.register_buffer('count', torch.zeros((), dtype=torch.long))
         self.teacher = GlassTeacher(teacher)  # frozen when nothing can go wrong any more
 
-# %% ../nbs/09_data_free.ipynb #70d69481
+# %% ../nbs/09_data_free.ipynb #1dd820bb
 @patch
 def example(self:DataFree):
     "Two generated images; the generator is left as it was."
     weight = next(self.generator.parameters())
-    modes = [(m, m.training) for m in self.generator.modules()]
-    try:
-        with torch.no_grad(): return self.generator.eval()(torch.zeros(2, self.generator.noise, device=weight.device)).float().cpu()
-    finally:
-        for m, mode in modes: m.training = mode
+    with evaluating(self.generator): return self.generator(torch.zeros(2, self.generator.noise, device=weight.device)).float().cpu()
 
 # %% ../nbs/09_data_free.ipynb #dee9c4b5
 @patch
@@ -463,9 +458,12 @@ def forward(self:DataFree, batch:Batch)->dict:
         x, answers = (torch.cat(pair) for pair in zip((x, answers), self.recall()))
     return {'student': kd_loss(self.model(x), answers, self.temperature)} | self.imagine(images, look)
 
-# %% ../nbs/09_data_free.ipynb #4ebd20bc
+# %% ../nbs/09_data_free.ipynb #92904bc0
 @patch
-def check(self:DataFree, data, valid=None):
+def check(self:DataFree,
+    data, # A `Noise` with the generator's `dim`
+    valid=None, # Labelled images, for the accuracy in the history
+):
     "Classes and shapes of student, teacher and generator; and that there is noise and no data."
     if not isinstance(data, Noise) or data.dim != self.generator.noise:
         raise ValueError(f'data must be Noise with dim={self.generator.noise}, as the generator takes it, but is {data!r:.60}.')

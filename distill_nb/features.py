@@ -200,9 +200,12 @@ class Hint(Term):
         self.reduction, self.adapter = reduction, None
         self._seed = torch.randint(2**31, ()).item()
 
-# %% ../nbs/07_features.ipynb #6acac3aa
+# %% ../nbs/07_features.ipynb #12c37f54
 @patch
-def prepare(self:Hint, student_features, teacher_features):
+def prepare(self:Hint,
+    student_features:list, # One tensor: an example of the student's features, shape (B, ...)
+    teacher_features:list, # One tensor: an example of the teacher's, shape (B, ...)
+):
     "Make the adapter, or check that the present one fits."
     with torch.random.fork_rng(devices=[]):
         seed_noise(self._seed, torch.device('cpu'))
@@ -212,7 +215,10 @@ def prepare(self:Hint, student_features, teacher_features):
         raise ValueError(f'the adapter was made for other features: it is {self.adapter.conv}, and {made.conv} is needed.')
 
 @patch
-def forward(self:Hint, student_features, teacher_features):
+def forward(self:Hint,
+    student_features:list, # One tensor, shape as in the example
+    teacher_features:list, # One tensor, shape as in the example
+)->Tensor: # A scalar
     "The loss behind the adapter."
     if self.adapter is None: raise ValueError('the hint has no adapter yet: `fit` makes it, and so does prepare(images) of the objective.')
     return hint_loss(self.adapter(student_features[0]), as_map(teacher_features[0]), self.reduction)
@@ -245,7 +251,7 @@ def attention_loss(
     difference = (student - teacher).flatten(1)            # (B, h, w) -> (B, h · w)
     return difference.square().mean() if reduction == 'mean' else torch.linalg.vector_norm(difference, dim=1).mean() / 2
 
-# %% ../nbs/07_features.ipynb #f016e70f
+# %% ../nbs/07_features.ipynb #a474b632
 class AttentionTransfer(Term):
     "Attention transfer for one or several pairs of layers; no adapter, whatever their channels and sizes."
     def __init__(self,
@@ -257,7 +263,10 @@ class AttentionTransfer(Term):
         _check_reduction(reduction)
         self.reduction = reduction
 
-    def forward(self, student_features, teacher_features):
+    def forward(self,
+        student_features:list, # A tensor for each of `student_layers`, shape (B, C, H, W)
+        teacher_features:list, # A tensor for each of `teacher_layers`, same
+    )->Tensor: # A scalar
         "The sum over the pairs."
         return sum(attention_loss(s, t, self.reduction) for s, t in zip(student_features, teacher_features))
 
@@ -310,7 +319,7 @@ def rkd_angle_loss(
     same_end = torch.eye(B, dtype=torch.bool, device=loss.device)
     return loss.masked_fill(same_end, 0).sum() / max(B * (B - 1) * (B - 2), 1)
 
-# %% ../nbs/07_features.ipynb #443b6354
+# %% ../nbs/07_features.ipynb #9c11f4f4
 class Relational(Term):
     "Relational distillation: distances and angles between the images of a batch, from layers of any shape."
     def __init__(self,
@@ -324,7 +333,10 @@ class Relational(Term):
         for name, weight in (('distance', distance), ('angle', angle)): _check_weight(name, weight)
         self.distance, self.angle = distance, angle
 
-    def forward(self, student_features, teacher_features):
+    def forward(self,
+        student_features:list, # One tensor, shape (B, ...)
+        teacher_features:list, # One tensor, shape (B, ...); the shapes may differ
+    )->Tensor: # A scalar
         "The weighted sum of both losses."
         loss = self.distance * rkd_distance_loss(student_features[0], teacher_features[0])
         return loss + self.angle * rkd_angle_loss(student_features[0], teacher_features[0]) if self.angle else loss
@@ -406,9 +418,12 @@ def prepare(self:FeatureDistill,
             with torch.no_grad(): term(*pair)
         except (ValueError, RuntimeError) as e: raise ValueError(f'the term {name!r} does not fit its layers: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/07_features.ipynb #7eb5e46a
+# %% ../nbs/07_features.ipynb #931904ab
 @patch
-def check(self:FeatureDistill, data, valid=None):
+def check(self:FeatureDistill,
+    data, # The training set
+    valid=None, # The validation split; the teacher's exam is held there if it is given
+):
     "As `Distill`; then adapters and layers, by `prepare`."
     super(FeatureDistill, self).check(data, valid)
     two = torch.zeros(2, dtype=torch.long, device=data.device)

@@ -476,7 +476,7 @@ class SelfTeacher(Objective):
         self.teacher = MovingAverage(student, momentum)
         self.register_buffer('centre', torch.zeros(len(data.classes)))
 
-# %% ../nbs/08_self.ipynb #5d07a23e
+# %% ../nbs/08_self.ipynb #27625605
 @patch
 def _check_settings(self:SelfTeacher):
     "Refuse settings that can't work."
@@ -486,7 +486,10 @@ def _check_settings(self:SelfTeacher):
     if self.data.n_views < 2: raise ValueError('data must have at least 2 views of each image for a SelfTeacher, but has 1: give it an augmentation, e.g. data.replace(augment=CropFlip(pad=1)), and give the result to fit as well.')
 
 @patch
-def check(self:SelfTeacher, data, valid=None):
+def check(self:SelfTeacher,
+    data, # The training set: the one that `SelfTeacher` was given
+    valid=None, # The validation split
+):
     "As every objective; and the images must be those from which the second views are made."
     super(SelfTeacher, self).check(data, valid)
     if data.fingerprint() != self.data.fingerprint(): raise ValueError('data must be the data set that was given to SelfTeacher, which makes the second views, but is another one.')
