@@ -1,6 +1,9 @@
-"""Every `##` section of every notebook is a test: `nbs/01_losses.ipynb::Temperature`."""
-import json, os
-from pathlib import Path
+"""Every `##` section of every notebook is a test: `nbs/01_losses.ipynb::cpu::Temperature`.
+
+Each notebook is run twice, alone in an empty folder: as it is, and on a pretended GPU, which finds what was left on the wrong
+device. `NOTEBOOK_PYTHON` names the interpreter of another environment to run them in, such as one that holds the wheel alone."""
+import os, sys
+from contextlib import ExitStack
 
 # Before torch is loaded: the workers share the cores, and all interpreters that the tests start share compiled modules.
 if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
@@ -8,7 +11,9 @@ if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 import pytest
-from tools.notebooks import NBS, runs, shell
+from tools.notebooks import NBS, ROOT, kernel, runs
+
+DEVICES = {'cpu': '', 'gpu': f'import sys; sys.path.append({str(ROOT/"tests")!r}); import pretended_gpu; pretended_gpu.begin()'}
 
 
 def pytest_addoption(parser):
@@ -20,43 +25,44 @@ def pytest_collect_file(file_path, parent):
 
 
 class NotebookFile(pytest.File):
-    "A notebook: its sections share one shell and run in order."
+    "A notebook, once for each device."
     def collect(self):
-        title, sections = 'start', {}
-        for cell in json.loads(self.path.read_text())['cells']:
-            source = ''.join(cell['source'])
-            if cell['cell_type'] == 'markdown' and source.startswith('## '): title = source.splitlines()[0][3:].strip()
-            if runs(cell, self.config.getoption('--flags').split()): sections.setdefault(title, []).append(source)
-        self.shell, self.failed = None, None
+        for name, first in DEVICES.items(): yield Notebook.from_parent(self, name=name, first=first)
+
+
+class Notebook(pytest.Collector):
+    "A notebook on a device: its sections share one kernel and run in order."
+    def __init__(self, *, first, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.failed, self.stack = first, None, ExitStack()
+
+    def collect(self):
+        import nbformat
+        self.nb, title, sections = nbformat.read(self.path, 4), 'start', {}
+        for i, cell in enumerate(self.nb.cells):
+            if cell.cell_type == 'markdown' and cell.source.startswith('## '): title = cell.source.splitlines()[0][3:].strip()
+            if runs(cell, self.config.getoption('--flags').split()): sections.setdefault(title, []).append(i)
         for name, cells in sections.items(): yield Section.from_parent(self, name=name, cells=cells)
 
+    def setup(self):
+        self.run = self.stack.enter_context(kernel(self.nb, os.environ.get('NOTEBOOK_PYTHON', sys.executable), self.first))
 
-class CellFailure(Exception): pass
+    def teardown(self): self.stack.close()
 
 
 class Section(pytest.Item):
-    "The code cells below one `##` heading."
+    "The code cells below one `##` heading, by their numbers."
     def __init__(self, *, cells, **kwargs):
         super().__init__(**kwargs)
         self.cells = cells
 
     def runtest(self):
-        nb = self.parent
-        if nb.failed: pytest.skip(f'the section «{nb.failed}» before it failed')
-        here = Path.cwd()
-        if nb.shell is None:
-            nb.shell = shell(self.path)
-            nb.shell._cell_idx = None  # `prettytb` names no cell
-        os.chdir(self.path.parent)
+        from nbclient.exceptions import CellExecutionError
+        if self.parent.failed: pytest.skip(f'the section «{self.parent.failed}» before it failed')
         try:
-            for source in self.cells:
-                nb.shell.run(source)
-                if nb.shell.exc:
-                    nb.failed = self.name
-                    raise CellFailure(f'{source}\n\n{nb.shell.prettytb(self.path)}')
-        finally: os.chdir(here)
+            for i in self.cells: self.parent.run(i)
+        except CellExecutionError as error:
+            self.parent.failed = self.name
+            pytest.fail(str(error), pytrace=False)
 
-    def repr_failure(self, excinfo):
-        return str(excinfo.value) if isinstance(excinfo.value, CellFailure) else super().repr_failure(excinfo)
-
-    def reportinfo(self): return self.path, None, f'{self.path.name}::{self.name}'
+    def reportinfo(self): return self.path, None, self.nodeid

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cache import CachedTeacher
-from .data import CropFlip, ImageData, Splits, load_data
+from .data import CropFlip, ImageData, Splits, load_data, progress_bar
 from .logits import Distill, check_teacher
 from .models import build_model, count_macs, load_weights, write_atomic
 from .training import Recipe, Supervised, _Run, best_precision, environment, evaluate, fit, fit_device
@@ -238,10 +238,9 @@ def time_steps(
     per_turn:int=5, # Steps that count in a turn
 )->dict: # {name: median seconds of a step}
     "Time contenders in turns."
-    from tqdm.auto import tqdm
     times = {name: [] for name in contenders}
     sizes = [min(per_turn, steps - i) for i in range(0, steps, per_turn)]
-    for size in tqdm(sizes, desc='rounds', leave=False, delay=1):
+    for size in progress_bar(sizes, desc='rounds'):
         for name, contender in contenders.items(): times[name] += take_turn(contender, size, device)
     return {name: statistics.median(t) for name, t in times.items()}
 

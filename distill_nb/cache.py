@@ -15,9 +15,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .data import Batch, mix
+from .data import Batch, mix, progress_bar
 from .models import human
-from .training import PRECISIONS, Frozen, best_precision, check_classes, describe, fit_device, image_order
+from .training import (PRECISIONS, Frozen, best_precision, check_classes, describe, fit_device,
+                                 image_order, placed)
 
 # %% ../nbs/06_cache.ipynb #0e90b47e
 @dataclass(frozen=True)
@@ -373,15 +374,17 @@ def fill(self:CachedTeacher,
     progress:bool=True, # Show a bar on anything longer than a second
 )->'CachedTeacher': # Itself
     "Ask the teacher for everything that is still missing."
-    from tqdm.auto import tqdm
     device = fit_device(device)
     if precision not in PRECISIONS: raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, but is {precision!r}.")
     if not isinstance(batch_size, int) or batch_size < 1: raise ValueError(f'batch_size must be a whole number of at least 1, but is {batch_size!r}.')
     precision = best_precision(device) if precision == 'auto' else precision
     order = image_order(precision != 'float32', device)
-    self.to(device).model.to(memory_format=order)
-    with torch.autocast(device.type, getattr(torch, precision), enabled=precision != 'float32'), tqdm(total=self.rows, desc='fill', unit=' answers', delay=1, leave=False, disable=not progress) as bar:
-        for batch in self.data.to(device).stream(self._open_questions(batch_size, device, bar)): self(batch._replace(x=batch.x.to(memory_format=order)))
+    cast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != 'float32')
+    bar = progress_bar(total=self.rows, desc='fill', unit=' answers', disable=not progress)
+    with placed(self, device), cast, bar:
+        self.model.to(memory_format=order)
+        for batch in self.data.to(device).stream(self._open_questions(batch_size, device, bar)):
+            self(batch._replace(x=batch.x.to(memory_format=order)))
     return self
 
 # %% ../nbs/06_cache.ipynb #a62c07cf

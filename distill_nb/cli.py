@@ -348,7 +348,7 @@ def result_rows(
     settings:dict, # {setting: (chosen, tries, comparison)}
     teacher_seconds:float, # What the teacher's training took
 )->list: # Dicts
-    "A row for each setting and model, in the schema of `nbs/results`."
+    "A row for each setting and model, in the schema of `distill_nb/results`."
     image, n = (job.data.train.channels, job.data.train.size, job.data.train.size), len(job.data.test)
     cost = {'teacher': profile_model(job.teacher, image)._asdict(), 'student': profile_model(job.student().to(job.device), image)._asdict()}
     e, rows = evaluate(job.teacher, job.data.test.to(job.device)), []
@@ -475,7 +475,7 @@ def make_result(
     seconds:float, # What everything took, since the last start
     resumed:bool=False, # Was the run continued? Then `seconds` is a part of its time
 )->dict:
-    "The result of a run in the schema of `nbs/results`."
+    "The result of a run in the schema of `distill_nb/results`."
     tries = {setting: t for setting, (_, t, _) in settings.items()}
     return head_of(name, command, about_data(job.options['data'], job.data), job.device, job.options['seeds'], seconds, resumed) | {'rows': result_rows(job, settings, teacher_seconds),
             'tries': tries, 'labelled_images': {setting: len(alone) for setting, (alone, _) in job.settings.items()}}
@@ -694,7 +694,8 @@ def data_free_rows(
     job:DataFreeJob, # What was run
     made, # As `distill_without_data` returns it
 )->list: # Dicts: teacher, student
-    "A row for each model, in the schema of `nbs/results`."
+    "A row for each model, in the schema of `distill_nb/results`."
+    for model in (job.teacher, job.student): model.to(job.device)
     rows, pictures = [], Pictures(made.images.to(job.device), job.shape[0])
     asked = {'generated': pictures} | ({'test': job.data.test.to(job.device)} if job.data else {})
     answers = {name: predict(job.teacher, images) for name, images in asked.items()}

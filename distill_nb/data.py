@@ -6,7 +6,7 @@
 __all__ = ['GRAIN', 'IMAGE_SUFFIXES', 'Batch', 'show_images', 'CropFlip', 'mix', 'epoch_order', 'resize_weights', 'resample',
            'resize', 'ResizedCrop', 'crop_shapes', 'count_values', 'channel_stats', 'ImageData', 'view_stride',
            'Splits', 'stratified', 'digits', 'few_labels', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist',
-           'folder_parts', 'read_image', 'ImageFiles', 'image_folder', 'load_data']
+           'folder_parts', 'read_image', 'progress_bar', 'ImageFiles', 'image_folder', 'load_data']
 
 # %% ../nbs/02_data.ipynb #9867b1bb
 import copy, hashlib, json, math, os, sys
@@ -567,8 +567,10 @@ def _read(kind, root, download):
     try: return [kind(str(root), train=part, download=bool(download or here)) for part in (True, False)]
     except Exception as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"{kind.__name__} cannot be read from {str(root)!r} ({reason}). With a network, download=True fetches it. Without one, "
-                         f"download {', '.join(url for url, *_ in files)} elsewhere and put it into {str(files[0][2].parent)!r}.") from e
+        fetch = 'Without a network' if download else 'With a network, download=True fetches it. Without one'
+        raise ValueError(f"{kind.__name__} cannot be read from {str(root)!r} ({reason}). {fetch}, "
+                         f"download {', '.join(url for url, *_ in files)} elsewhere "
+                         f"and put it into {str(files[0][2].parent)!r}.") from e
 
 # %% ../nbs/02_data.ipynb #dbe8e589
 def _three(name, train, test, valid, seed, classes, augment, size):
@@ -723,17 +725,45 @@ def read_image(
         image = TF.center_crop(TF.resize(image, side), side)
     return np.array(image).reshape(side, side, -1).transpose(2, 0, 1)
 
+# %% ../nbs/02_data.ipynb #f2f5de14
+class _Line:
+    "A line of a notebook's output that can be written over; empty text removes it."
+    handle = None
+
+    def write(self, text):
+        if not text.startswith('\r'): return  # tqdm's moves between several bars
+        from IPython.display import display
+        content = {'text/plain': text.strip()} if text.strip() else {}
+        if self.handle: self.handle.update(content, raw=True)
+        elif content: self.handle = display(content, raw=True, display_id=True)
+
+    def flush(self): pass
+
+def _in_notebook():
+    "Does a Jupyter or Colab kernel run this?"
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    return hasattr(shell, 'kernel')
+
+# %% ../nbs/02_data.ipynb #bd050f54
+def progress_bar(
+    items=None,  # What to count while it is gone through; None: call `update`
+    **kwargs,  # Of `tqdm`: total, desc, unit, disable, ...
+):  # A `tqdm` bar
+    "A bar for what takes longer than a second, gone when it is done."
+    from tqdm import tqdm
+    file = _Line() if _in_notebook() else None
+    return tqdm(items, delay=1, leave=False, file=file, **kwargs)
+
 # %% ../nbs/02_data.ipynb #2e025fb8
 def _each(work, items, what, threads):
     "`work(item)` for each item in order, or the exception that it raised."
     from concurrent.futures import ThreadPoolExecutor
-    from tqdm.auto import tqdm
     def one(item):
         try: return work(item)
         except MemoryError: raise
         except Exception as e: return e
     parts = [items[i:i + 64] for i in range(0, len(items), 64)]
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=what, unit=' images', delay=1) as bar:
+    with ThreadPoolExecutor(threads) as pool, progress_bar(total=len(items), desc=what, unit=' images') as bar:
         for results in pool.map(lambda part: [one(item) for item in part], parts):
             yield from results
             bar.update(len(results))

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from .data import Batch, ImageData, mix
 from .losses import UNLABELLED, jsd_loss, kd_loss, upcast
 from .models import fingerprint
-from .training import Frozen, History, Objective, Recipe, check_classes, evaluate, evaluating, fit
+from .training import Frozen, History, Objective, Recipe, check_classes, device_of, evaluate, evaluating, fit
 
 # %% ../nbs/09_data_free.ipynb #c00d41fe
 def bn_layers(
@@ -265,8 +265,8 @@ def check_guides(
     weights:tuple, # Pairs (name, weight) of the losses
 ):
     "Raise a `ValueError` if a loss has a weight and the teacher's forward pass does not reach the layers that it needs."
-    device = next((t.device for t in teacher.model.state_dict().values()), x.device)
-    with torch.no_grad(): look, weights = teacher.look(x.to(device)), dict(weights)
+    where = device_of(teacher.model, x.device)
+    with torch.no_grad(): look, weights = teacher.look(x.to(where)), dict(weights)
     if weights.get('statistics') and look.distance is None: raise ValueError(NO_STATISTICS.format(weights['statistics']))
     if weights.get('activation') and look.features is None: raise ValueError('activation must be 0 for a teacher whose answer does not come from a linear layer, since no features come into its head.')
 
@@ -276,9 +276,8 @@ def answer_shape(
     name:str, # How to call the model in the message
 )->int: # Number of classes
     "How many classes `model` tells apart; a `ValueError` if it does not take such images."
-    device = next((t.device for t in model.state_dict().values()), x.device)
     try:
-        with evaluating(model): logits = model(x.to(device))
+        with evaluating(model): logits = model(x.to(device_of(model, x.device)))
     except RuntimeError as e: raise ValueError(f'{name} does not take images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}') from e
     if not isinstance(logits, Tensor) or logits.ndim != 2: raise ValueError(f'{name} must map images to logits of shape (B, C), but gives {getattr(logits, "shape", type(logits).__name__)}.')
     return logits.shape[1]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .data import Batch
 from .logits import Distill
 from .losses import kd_loss, upcast
-from .training import Frozen, evaluating, seed_noise
+from .training import Frozen, device_of, evaluating, seed_noise
 
 # %% ../nbs/07_features.ipynb #c6813eb0
 class Features(dict):
@@ -87,12 +87,12 @@ def tap(
 # %% ../nbs/07_features.ipynb #3ca7e7b2
 def feature_shapes(
     model:nn.Module, # Any network; it is left as it was
-    x:Tensor, # A batch of images on the model's device, shape (B, channels, H, W)
+    x:Tensor, # A batch of images, shape (B, channels, H, W)
     names=None, # Layers; None: all
 )->dict: # {name: shape without the batch}, in the order in which the layers finish
     "What each layer gives for one image, where that is a tensor."
     names = [n for n, _ in model.named_modules() if n] if names is None else names
-    with evaluating(model), tap(model, names) as features: model(x)
+    with evaluating(model), tap(model, names) as features: model(x.to(device_of(model, x.device)))
     return {name: tuple(f.shape[1:]) for name, f in features.items() if isinstance(f, Tensor)}
 
 # %% ../nbs/07_features.ipynb #0c0b11d6
@@ -400,8 +400,7 @@ def forward(self:FeatureDistill, batch:Batch)->dict:
 # %% ../nbs/07_features.ipynb #1796d9b4
 def _dry_run(model, names, x):
     "What the named layers give for `x`."
-    device = next((t.device for t in model.state_dict().values()), x.device)
-    with evaluating(model), tap(model, names) as features: model(x.to(device))
+    with evaluating(model), tap(model, names) as features: model(x.to(device_of(model, x.device)))
     return features
 
 @patch
@@ -448,14 +447,13 @@ def cka(
 @torch.no_grad()
 def layer_similarity(
     student:nn.Module, # Any network
-    teacher:nn.Module, # Any network, on the same device
+    teacher:nn.Module, # Any network
     x:Tensor, # Some hundred images, shape (n, channels, H, W)
     student_layers, # Names of layers
     teacher_layers, # Names of layers
 )->Tensor: # CKA of each pair, shape (student layers, teacher layers)
     "How similar the layers of two networks are."
-    with evaluating(student), evaluating(teacher), tap(student, student_layers) as s, tap(teacher, teacher_layers) as t:
-        student(x), teacher(x)
+    s, t = _dry_run(student, student_layers, x), _dry_run(teacher, teacher_layers, x)
     return torch.tensor([[cka(_tensor(s, a), _tensor(t, b)) for b in teacher_layers] for a in student_layers])
 
 # %% ../nbs/07_features.ipynb #891f835d
@@ -533,8 +531,7 @@ def plot_attention(
     fig, axes = plt.subplots(1 + len(models), len(index), figsize=(0.75 * len(index) + 0.8, 0.75 * (1 + len(models))), squeeze=False, layout='constrained')
     batch, given = data.get(index), {}
     for title, (model, layer) in models.items():
-        with evaluating(model), tap(model, layer) as features: model(batch.x)
-        given[title] = _tensor(features, layer)
+        given[title] = _tensor(_dry_run(model, layer, batch.x), layer)
     size = tuple(map(min, zip(*(attention_map(f).shape[1:] for f in given.values()))))
     rows = {'image': data.pixels(index).cpu().float().mean(1)} | {title: attention_map(f, size).cpu() for title, f in given.items()}
     for axs, (title, maps) in zip(axes, rows.items()):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GRID', 'by_luck', 'check_teacher', 'Distill', 'interval', 'agreement', 'Comparison', 'compare', 'markdown_table',
-           'text_table', 'try_each', 'tune']
+           'text_table', 'try_each', 'tune', 'stored_result']
 
 # %% ../nbs/05_logits.ipynb #043b45c6
-import math, warnings
+import json, math, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,10 +15,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .data import Batch
+from .data import Batch, progress_bar
 from .losses import UNLABELLED, DistillationLoss, kd_loss
 from .training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, calibration_error, check_classes, evaluate, fit,
-                                 fit_device, predict)
+                                 fit_device, placed, predict)
 
 # %% ../nbs/05_logits.ipynb #aba78c22
 def by_luck(
@@ -161,10 +161,10 @@ def compare(
     compile:bool=False, # As in `fit`
 )->Comparison:
     "Train every contender from the same initial weights, for the same steps, over several seeds."
-    from tqdm.auto import tqdm
     device = fit_device(device)
-    valid, test = valid.to(device), None if test is None else test.to(device)
-    teacher_logits = predict(teacher.to(device), test) if teacher is not None and test is not None else None
+    valid, test, teacher_logits = valid.to(device), None if test is None else test.to(device), None
+    if teacher is not None and test is not None:
+        with placed(teacher, device): teacher_logits = predict(teacher, test)
     if not contenders: raise ValueError('contenders must name at least one, but are empty.')
     sizes = [len(c[1]) for c in contenders.values() if not callable(c)]
     if not sizes and recipe.steps is None: raise ValueError('recipe must give its steps where the contenders bring their own data, but steps is None.')
@@ -172,14 +172,15 @@ def compare(
     result = Comparison([], next(iter(contenders)))
     todo = [(seed, name) for seed in (range(seeds) if isinstance(seeds, int) else seeds) for name in contenders]
     if not todo: raise ValueError(f'seeds must be a whole number of at least 1, or some seeds, but are {seeds!r}.')
-    for seed, name in tqdm(todo, desc='compare', unit='run', leave=False, delay=1, disable=not progress):
+    for seed, name in progress_bar(todo, desc='compare', unit='run', disable=not progress):
         torch.manual_seed(seed)
         student, c = make_student(), contenders[name]
         try:
             objective, data, *own = c(student) if callable(c) else (c[0](student), c[1])
             history = fit(objective, data, replace(own[0] if own else recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
         except DivergedError as error: raise DivergedError(f'{name}, seed {seed}: {error}') from error
-        result.runs.append({'model': name, 'seed': seed, 'seconds': history.seconds} | _measure(student, teacher_logits, valid, test))
+        with placed(student, device): found = _measure(student, teacher_logits, valid, test)
+        result.runs.append({'model': name, 'seed': seed, 'seconds': history.seconds} | found)
         result.keep(name, result.runs[-1]['valid_accuracy'], student, history)
     return result
 
@@ -288,3 +289,14 @@ def tune(
     rows = [{'temperature': T, 'alpha': a, 'valid_accuracy': r and r['accuracy'], 'ci95': r and r['ci95']} for (T, a), r in zip(grid, found)]
     best = max((r for r in rows if r['valid_accuracy'] is not None), key=lambda r: r['valid_accuracy'])
     return (best['temperature'], best['alpha']), rows
+
+# %% ../nbs/05_logits.ipynb #95434415
+def stored_result(
+    name:str, # Of a file in `distill_nb/results`, without its ending
+)->dict: # {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'}
+    "A result of this project, as the command that it names wrote it."
+    from importlib.resources import files
+    folder = files('distill_nb')/'results'
+    names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith('.json'))
+    if name not in names: raise ValueError(f"name must be one of {', '.join(names)}, but is {name!r}.")
+    return json.loads((folder/f'{name}.json').read_text(encoding='utf-8'))

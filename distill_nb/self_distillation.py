@@ -23,7 +23,7 @@ from .features import find_layers, head_input, tap
 from .logits import Distill
 from .losses import UNLABELLED, DistillationLoss, hard_loss, log_soften, upcast
 from .models import count_macs
-from .training import Objective, Supervised, evaluate, evaluating, fit, fit_device
+from .training import Objective, Supervised, device_of, evaluate, evaluating, fit, fit_device, placed
 
 # %% ../nbs/08_self.ipynb #a25670f5
 def _must(ok, name, value, allowed):
@@ -75,7 +75,8 @@ def born_again(
         where = folder and Path(folder)/f'generation-{k}'
         made.histories.append(fit(teach(model), data, replace(recipe, seed=seed), valid, where, True, device.type, progress))
         made.models.append(model)
-        if valid is not None: made.accuracies.append(evaluate(model, valid.to(device)).accuracy)
+        if valid is not None:
+            with placed(model, device): made.accuracies.append(evaluate(model, valid.to(device)).accuracy)
     return made
 
 # %% ../nbs/08_self.ipynb #4817b4bb
@@ -310,12 +311,13 @@ class BeYourOwnTeacher(Objective):
 # %% ../nbs/08_self.ipynb #7780969b
 def exit_logits(
     exits:EarlyExits, # The network with exits
-    data, # An `ImageData` on its device
+    data, # An `ImageData`
     batch_size:int=512, # Images at a time
 )->list: # Logits in float32 for each exit, shape (N, C), the deepest last
     "The answers of all exits for every image of `data`, without augmentation."
-    with evaluating(exits): pieces = [exits.exits(b.x) for b in data.batches(batch_size)]
-    return [torch.cat(p).float() for p in zip(*pieces)]
+    where = device_of(exits)
+    with evaluating(exits): pieces = [exits.exits(b.x.to(where)) for b in data.batches(batch_size)]
+    return [torch.cat(p).float().to(data.device) for p in zip(*pieces)]
 
 def measure_exits(
     exits:EarlyExits, # The network with exits
@@ -338,8 +340,9 @@ def until_sure(self:EarlyExits,
         exit = self.layers.index(name)
         logits = self.heads[exit](output)[1]
         if logits.softmax(1).max() >= threshold: return logits, exit
-    with evaluating(self): answer = _listen(self.backbone, self.layers, x, hear)
-    return answer if isinstance(answer, tuple) else (answer, len(self) - 1)
+    with evaluating(self): answer = _listen(self.backbone, self.layers, x.to(device_of(self)), hear)
+    logits, exit = answer if isinstance(answer, tuple) else (answer, len(self) - 1)
+    return logits.to(x.device), exit
 
 # %% ../nbs/08_self.ipynb #307492e4
 def sure_exit(
@@ -359,10 +362,10 @@ def sure_curve(
 )->list: # A dict per threshold: 'threshold', 'macs' (the mean over the images), 'accuracy', 'stopped' (share of images per exit)
     "Accuracy and mean cost when every image stops at the first exit that is sure."
     logits, costs, rows = exit_logits(exits, data), measure_exits(exits, data), []
-    answers, path = torch.stack(logits).argmax(2), torch.tensor([c['path'] for c in costs], dtype=torch.float64)
+    answers, path = torch.stack(logits).argmax(2), torch.tensor([c['path'] for c in costs], dtype=torch.float64, device=data.device)
     for t in thresholds:
-        stop = sure_exit(logits, t).cpu()
-        right = answers.cpu().gather(0, stop[None])[0] == data.y.cpu()
+        stop = sure_exit(logits, t)
+        right = answers.gather(0, stop[None])[0] == data.y
         share = stop.bincount(minlength=len(exits)) / len(stop)
         rows.append({'threshold': t, 'macs': path[stop].mean().item(), 'accuracy': right.double().mean().item(), 'stopped': [round(s, 3) for s in share.tolist()]})
     return rows

@@ -136,7 +136,7 @@ def test_citations_have_entries():
 
 
 def test_results_follow_the_schema():
-    for path in (NBS/'results').glob('*.json'):
+    for path in (ROOT/'distill_nb'/'results').glob('*.json'):
         r = json.loads(path.read_text())
         assert {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'} <= set(r) and r['name'] == path.stem
 

@@ -5,8 +5,9 @@
     python -m tools.notebooks heads                 write badge, install cell and metadata into every notebook
     python -m tools.notebooks readme [--check]      make README.md from nbs/index.ipynb, or compare the two
 """
-import argparse, hashlib, json, os, re, sys, time
+import argparse, hashlib, json, os, re, sys, tempfile, time
 from configparser import ConfigParser
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,27 +43,40 @@ def code_hash(nb):
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
 
-def shell(path):
-    "An IPython shell that runs in the folder of the notebook, with small pictures."
-    from execnb.shell import CaptureShell
-    os.environ['IN_TEST'] = '1'
-    os.chdir(path.parent)
-    return CaptureShell(path, mpl_format='png')
+@contextmanager
+def kernel(nb, python=sys.executable, first=''):
+    """A Jupyter kernel of the interpreter `python`, in an empty folder, where `first` has run; gives a function that runs cell number i.
+
+    Each notebook is met alone: on Colab nothing of the repository lies beside it."""
+    from jupyter_client import KernelManager
+    from jupyter_client.kernelspec import KernelSpec
+    from nbclient import NotebookClient
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
+        manager = KernelManager(transport='ipc', connection_file=f'{sockets}/kernel.json')
+        argv = [python, '-m', 'ipykernel_launcher', '-f', '{connection_file}', f'--IPKernelApp.exec_lines={first}']
+        manager._kernel_spec = KernelSpec(argv=argv if first else argv[:-1], language='python')
+        client = NotebookClient(nb, km=manager, timeout=None, resources={'metadata': {'path': folder}})
+        with client.setup_kernel(): yield lambda i: client.execute_cell(nb.cells[i], i, store_history=False)
 
 
 def run(path, flags=('slow',)):
     "Run the notebook at `path` and store its outputs and the hash of the code that made them."
-    from execnb.nbio import read_nb, write_nb
+    import nbformat
+    from nbclient.exceptions import CellExecutionError
     from nbdev.clean import clean_nb
-    nb, sh = read_nb(path), shell(path)
+    from execnb.nbio import read_nb, write_nb
+    nb = nbformat.read(path, 4)
     for cell in nb.cells:
-        if cell.cell_type != 'code': continue
-        cell.outputs = []
-        if not runs(cell, flags): continue
-        sh.cell(cell)
-        if sh.exc: sys.exit(f'{path.name}, cell {cell.id}:\n{cell.source}\n' + ''.join(sh.prettytb(path)))
-        cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+        if cell.cell_type == 'code': cell.outputs = []
+    with kernel(nb) as run_cell:
+        for i, cell in enumerate(nb.cells):
+            if not runs(cell, flags): continue
+            try: run_cell(i)
+            except CellExecutionError as e: sys.exit(f'{path.name}, cell {cell.id}:\n{e}')
+            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     nb.metadata['outputs_of'] = code_hash(nb)
+    nbformat.write(nb, path)
+    nb = read_nb(path)
     clean_nb(nb, allowed_metadata_keys=settings()['allowed_metadata_keys'].split())
     write_nb(nb, path)
 
