@@ -1,10 +1,11 @@
 """The house in order: package, README, outputs and links are what the notebooks and settings give."""
-import ast, json, re, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
-from tools.notebooks import NBS, ROOT, code_hash, head, notebooks, readme, runs, settings, stale
+from tools.notebooks import (NBS, ROOT, bibliography, code_hash, head, links, notebooks, readme, references, runs,
+                             settings, stale)
 
 MODULES = ['losses', 'theory', 'data', 'models', 'training', 'logits', 'cache', 'features', 'self_distillation', 'data_free', 'methods', 'bench', 'cli']
 S = settings()
@@ -103,9 +104,6 @@ def test_the_version_stands_once():
     assert distill_nb.__version__ == S['version']
 
 
-def links(text): return [(label, target) for label, target in re.findall(r'(?<!!)\[([^\]]*)\]\(([^)\s]+)\)', text)]
-
-
 def test_links_between_pages_resolve():
     for p in notebooks():
         for cell in cells(p):
@@ -128,11 +126,59 @@ def test_links_between_pages_resolve():
             elif not target.startswith(('http', '#', 'mailto')): assert (ROOT/target.partition('#')[0]).exists(), f'{name}: {target}'
 
 
-def test_citations_have_entries():
-    bib = set(re.findall(r'^@\w+\{([\w:-]+),', (NBS/'references.bib').read_text(), re.M))
-    cited = {k for p in notebooks() for c in cells(p) if c['cell_type'] == 'markdown' for k in re.findall(r'(?<!\w)@([a-z]+\d{4}\w*)', source(c))}
-    assert cited <= bib, cited - bib
-    assert bib <= cited, f'never cited: {bib - cited}'
+@pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.name)
+def test_text_is_plain_markdown(path):
+    "Citations, divs, attributes and shortcodes of Quarto are raw text in Colab, in Jupyter and on GitHub."
+    raw = r':::|\[-?@|(?<![\w`/.])@[a-z]+[\d-]|\{\{<|\]\{|\{[#.][a-z]'
+    text = '\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
+    assert re.findall(f'.*(?:{raw}).*', text) == []
+
+
+@pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.name)
+def test_references_are_what_is_cited(path):
+    nb = json.loads(path.read_text())
+    expected, wrong = references(nb)
+    assert wrong == []
+    if expected:
+        assert source(nb['cells'][-1]) == expected
+        assert [source(c) for c in nb['cells'] if source(c).startswith('## ')][-1] == '## References'
+
+
+def test_every_work_of_the_bibliography_is_cited():
+    cited = {url for p in notebooks() for _, url in links(references(json.loads(p.read_text()))[0])}
+    assert set(bibliography()) == cited
+    assert len(bibliography()) == len(re.findall('^@', (NBS/'references.bib').read_text(), re.M))
+
+
+def test_a_wrong_citation_is_found():
+    url = 'https://arxiv.org/abs/1503.02531'
+    def wrong(text): return references({'cells': [{'cell_type': 'markdown', 'source': [text]}]})[1]
+    assert wrong(f'As [Hinton et al. (2015)]({url}) say ([Hinton et al. 2015]({url}), eq. 1).') == []
+    faults = [f'[{label}]({url})' for label in ('Hinton 2015', 'Hinton et al. 2016', 'the paper')]
+    faults += ['[Hinton et al. 2015](https://example.org)']
+    assert wrong(', '.join(faults)) == faults
+
+
+@pytest.mark.skipif(not shutil.which('pandoc'), reason='needs pandoc')
+def test_callouts_become_boxes(tmp_path):
+    "The site's filter in pandoc, which has no callouts: divs stand in for them."
+    (tmp_path/'filter.lua').write_text(f"""
+quarto = {{Callout = function(c)
+  return pandoc.Div(c.content, {{class = c.type, title = c.title and pandoc.utils.stringify(c.title)}})
+end}}
+dofile('{NBS/'callouts.lua'}')""")
+
+    def html(text):
+        command = ['pandoc', '-L', tmp_path/'filter.lua', '-t', 'html']
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+    assert html('> **Warning.** one *two*') == '<div class="warning">\n<p>one <em>two</em></p>\n</div>\n'
+    titled = html('> **Note: `a` and b**\n>\n> one\n>\n> ```\n> code\n> ```')
+    assert titled == '<div class="note" title="a and b">\n<p>one</p>\n<pre><code>code</code></pre>\n</div>\n'
+    for text in ('> one', '> **Bold.** one', '>'): assert html(text).startswith('<blockquote>')
+    text = '\n\n'.join(source(c) for p in notebooks() for c in cells(p) if c['cell_type'] == 'markdown')
+    boxes = re.findall('^<div class="(?:note|tip|important|caution|warning)"', html(text), re.M)
+    assert len(boxes) == len(re.findall(r'\n\n> \*\*', text)) > 0
 
 
 def test_results_follow_the_schema():

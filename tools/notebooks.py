@@ -1,8 +1,9 @@
-"""Runs the notebooks, keeps their outputs as new as their code, and derives from settings.ini what stands in every notebook.
+"""Runs the notebooks, keeps their outputs as new as their code, and fills in what settings.ini and references.bib give.
 
     python -m tools.notebooks run [NOTEBOOK ...]    run top to bottom, store outputs, slow cells included (--flags 'slow gpu')
     python -m tools.notebooks check                 fail where stored outputs are older than the code
     python -m tools.notebooks heads                 write badge, install cell and metadata into every notebook
+    python -m tools.notebooks references            write all lists of references, fail where a citation is wrong
     python -m tools.notebooks readme [--check]      make README.md from nbs/index.ipynb, or compare the two
 """
 import argparse, hashlib, json, os, re, sys, tempfile, time
@@ -113,6 +114,56 @@ def set_head(path):
     path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
 
 
+def links(text): return re.findall(r'(?<!!)\[([^\]]*)\]\(([^)\s]+)\)', text)
+
+
+def bibliography():
+    "The works of nbs/references.bib in the order of their keys, as `{url: {field: text}}`."
+    entries = re.findall(r'^@\w+\{(\w+),\n(.*?)^\}', (NBS / 'references.bib').read_text(), re.M | re.S)
+    works = [dict(re.findall(r'^\s*(\w+)\s*=\s*\{(.*)\}', fields, re.M)) for _, fields in sorted(entries)]
+    return {work['url']: {field: re.sub('[{}]', '', text) for field, text in work.items()} for work in works}
+
+
+def citations(work):
+    "The two texts that a link to `work` may have, such as `Hinton et al. 2015` and `Hinton et al. (2015)`."
+    names = [author.removesuffix(' Jr.').split()[-1] for author in work['author'].split(' and ')]
+    who = ' and '.join(names) if len(names) < 3 else f'{names[0]} et al.'
+    return f"{who} {work['year']}", f"{who} ({work['year']})"
+
+
+def reference(work):
+    "The line of `work` in a list of references."
+    venue = next(work[field] for field in ('booktitle', 'journal', 'institution', 'howpublished') if field in work)
+    return f"- {work['author'].replace(' and ', ', ')} ({work['year']}). [{work['title']}]({work['url']}). {venue}."
+
+
+def is_references(cell):
+    "Whether a cell is a list of references."
+    return cell['cell_type'] == 'markdown' and re.match(r'- .+ \(\d{4}\)\. \[', ''.join(cell['source']))
+
+
+def references(nb):
+    "The list of the works that the text of `nb` cites, and those of its citations that are wrong."
+    works = bibliography()
+    text = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown' and not is_references(c))
+    cited = [(label, url) for label, url in links(text) if url in works or re.search(r' \(?\d{4}\)?$', label)]
+    wrong = [f'[{label}]({url})' for label, url in cited if url not in works or label not in citations(works[url])]
+    urls = {url for _, url in cited}
+    return '\n'.join(reference(work) for url, work in works.items() if url in urls), wrong
+
+
+def set_references(path):
+    "Put the list of references at the end of the notebook at `path`; returns the citations that are wrong."
+    nb = json.loads(path.read_text())
+    text, wrong = references(nb)
+    cell_id = hashlib.sha256(f'{path.stem} references'.encode()).hexdigest()[:8]
+    new = {'cell_type': 'markdown', 'id': cell_id, 'metadata': {}}
+    cell = next(filter(is_references, nb['cells']), new) | {'source': text.splitlines(True)}
+    nb['cells'] = [c for c in nb['cells'] if not is_references(c)] + [cell] * bool(text)
+    path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
+    return wrong
+
+
 def readme():
     "README.md as nbs/index.ipynb gives it: its visible cells as Markdown."
     import nbformat
@@ -133,7 +184,7 @@ def readme():
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('job', choices=['run', 'check', 'heads', 'readme'])
+    ap.add_argument('job', choices=['run', 'check', 'heads', 'references', 'readme'])
     ap.add_argument('paths', nargs='*', type=Path)
     ap.add_argument('--flags', default='slow')
     ap.add_argument('--check', action='store_true')
@@ -145,6 +196,8 @@ def main():
             print(f'{p.name}: {time.perf_counter() - start:.0f} s', flush=True)
     if a.job == 'heads':
         for p in notebooks(): set_head(p)
+    if a.job == 'references' and (wrong := [f'{p.name}: {c}' for p in notebooks() for c in set_references(p)]):
+        sys.exit('not as nbs/references.bib has author, year and address:\n' + '\n'.join(wrong))
     if a.job == 'check' and (old := stale()): sys.exit(f"stored outputs are older than their code: {', '.join(old)}; run: python -m tools.notebooks run")
     if a.job == 'readme':
         path = ROOT / 'README.md'
