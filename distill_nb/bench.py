@@ -21,7 +21,7 @@ from torch import nn
 
 from .cache import CachedTeacher
 from .data import CropFlip, ImageData, Splits, load_data, progress_bar
-from .logits import Distill, check_teacher
+from .logits import Distill, Result, check_teacher
 from .models import build_model, count_macs, load_weights, write_atomic
 from .training import Recipe, Supervised, _Run, best_precision, environment, evaluate, fit, fit_device
 
@@ -520,4 +520,4 @@ def distill_nb_bench(
     result['seconds'] = time.perf_counter() - begin
     print(bench_text(result))
     if where: write_atomic(where, (json.dumps(result, indent=1) + '\n').encode())
-    return result
+    return Result(result)

@@ -27,7 +27,7 @@ from .bench import distill_nb_bench
 from .cache import CachedTeacher
 from .data import few_labels, load_data, show_images
 from .data_free import DATA_FREE, WAYS, Pictures, bn_layers, distill_without_data
-from .logits import agreement, check_teacher, compare, text_table
+from .logits import Result, agreement, check_teacher, compare, text_table
 from .losses import DistillationLoss
 from .methods import METHODS, Task, choose, contender, rehearse
 from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, write_atomic
@@ -635,7 +635,7 @@ def run_job(
     result = make_result(job, folder.name, command, settings, seconds, time.perf_counter() - start, resumed)
     write_run(job, folder, settings, result)
     print('\n' + text_table(table(result['rows'])) + '\n\n' + '\n'.join(verdicts(result['rows'])) + f"\n\nreport: {folder/'report.html'}")
-    return result
+    return Result(result)
 
 # %% ../nbs/cli.ipynb #fbea6c82
 class DataFreeJob(NamedTuple):
@@ -772,7 +772,7 @@ def run_data_free(
     save_weights(job.student, folder/'student.safetensors', architecture=job.options['student'], trained='data_free', **({} if mean is None else {'mean': mean, 'std': std}))
     write_atomic(folder/'result.json', _json(result))
     print(data_free_text(rows, len(made.images)) + f"\n\nimages: {folder/'images.png'}\nstudent: {folder/'student.safetensors'}")
-    return result
+    return Result(result)
 
 # %% ../nbs/cli.ipynb #2241959f
 def distill_nb_data_free(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID', 'by_luck', 'check_teacher', 'Distill', 'interval', 'agreement', 'Comparison', 'compare', 'markdown_table',
-           'text_table', 'try_each', 'tune', 'stored_result']
+           'text_table', 'try_each', 'tune', 'Result', 'stored_result']
 
 # %% ../nbs/05_logits.ipynb #043b45c6
 import json, math, warnings
@@ -291,12 +291,17 @@ def tune(
     return (best['temperature'], best['alpha']), rows
 
 # %% ../nbs/05_logits.ipynb #95434415
+class Result(dict):
+    "A result as `result.json` holds it; a cell that ends with one shows a line and not the whole."
+    def __repr__(self):
+        return f"Result({self['name']!r}, {len(self['rows'])} rows, {self['seconds']:.0f} s; {', '.join(self)})"
+
 def stored_result(
     name:str, # Of a file in `distill_nb/results`, without its ending
-)->dict: # {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'}
+)->Result: # {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'}
     "A result of this project, as the command that it names wrote it."
     from importlib.resources import files
     folder = files('distill_nb')/'results'
     names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith('.json'))
     if name not in names: raise ValueError(f"name must be one of {', '.join(names)}, but is {name!r}.")
-    return json.loads((folder/f'{name}.json').read_text(encoding='utf-8'))
+    return Result(json.loads((folder/f'{name}.json').read_text(encoding='utf-8')))

@@ -1,0 +1,196 @@
+"""The rule of devices, held on a pretended card: what takes a model and data computes where the model is, and what trains gives everything back."""
+import copy, importlib, json, re
+
+import pytest
+import torch
+from torch import nn
+
+from distill_nb import data as data_module, models as models_module
+from distill_nb.cache import CachedTeacher
+from distill_nb.cli import distill_nb, distill_nb_data_free
+from distill_nb.data import ImageData, Splits, digits, few_labels
+from distill_nb.data_free import DATA_FREE, Pictures, distill_without_data
+from distill_nb.features import FEATURE_WEIGHTS, feature_method, feature_shapes, layer_similarity, plot_attention
+from distill_nb.logits import Distill, check_teacher, compare
+from distill_nb.methods import METHODS, Task, choose
+from distill_nb.models import digit_student, digit_teacher, profile_model, save_weights
+from distill_nb.self_distillation import BeYourOwnTeacher, SelfTeacher, born_again, exit_logits, measure_exits, sure_curve
+from distill_nb.training import Frozen, Recipe, Supervised, best_precision, device_of, evaluate, fit, fit_device, placed, predict
+from tools.notebooks import NBS, directives
+
+from pretended_gpu import pretended
+
+CPU, CARD = torch.device('cpu'), torch.device('cuda', 0)
+RECIPE = Recipe(steps=2, batch_size=32, lr=0.01)
+
+
+@pytest.fixture
+def card():
+    with pretended(): yield
+
+
+@pytest.fixture(scope='module')
+def taught():
+    "Digits and a teacher that knows something, made before there is a card."
+    torch.manual_seed(0)
+    splits, teacher = digits(), digit_teacher()
+    fit(Supervised(teacher), splits.train, Recipe(steps=60, batch_size=64, lr=0.05, precision='float32'), device='cpu', progress=False)
+    return splits, teacher
+
+
+def on(device, model): return copy.deepcopy(model).to(device)
+
+
+def test_the_pretended_card_behaves_like_one(card):
+    there = torch.zeros(3, device='cuda')
+    assert there.device == CARD and (there + 1).device == CARD and there.cpu().device == CPU and there.to('cpu').device == CPU
+    for mixed in (lambda: there + torch.ones(3), lambda: torch.cat([there, torch.ones(3)]), lambda: nn.Linear(3, 2)(there)):
+        with pytest.raises(RuntimeError, match='same device'): mixed()
+    with pytest.raises(RuntimeError, match='indices'): torch.ones(3)[torch.zeros(1, dtype=torch.long, device='cuda')]
+    with pytest.raises(TypeError, match='numpy'): there.numpy()
+    assert (there + 1.5).sum().item() == 4.5 and fit_device().type == 'cuda'
+
+
+def test_nothing_of_the_card_is_left_behind():
+    with pretended(): assert torch.cuda.is_available()
+    assert torch.cuda.is_available() is torch.accelerator.is_available() and fit_device().type == ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+@pytest.mark.parametrize('model_on', [CPU, CARD])
+@pytest.mark.parametrize('data_on', [CPU, CARD])
+def test_measuring_happens_where_the_model_is_and_answers_where_the_data_are(card, taught, model_on, data_on):
+    (train, valid, test), teacher = taught
+    model, valid, train = on(model_on, teacher), valid.to(data_on), train.to(data_on)
+    expected = evaluate(teacher, taught[0].valid)
+    assert predict(model, valid).device == data_on and evaluate(model, valid) == expected
+    assert check_teacher(model, valid) == pytest.approx(expected.accuracy, abs=0.02)
+    check_teacher(Frozen(model), valid)
+    x, layers = valid.get(torch.arange(8, device=data_on)).x, ['layer1', 'layer2']
+    assert feature_shapes(model, x, layers) == {'layer1': (32, 8, 8), 'layer2': (64, 4, 4)}
+    for other_on in (CPU, CARD): assert layer_similarity(on(other_on, teacher), model, x, layers, layers).diag().min() > 0.999
+    plot_attention({'one': (model, 'layer1'), 'two': (on(CPU, teacher), 'layer2')}, valid, torch.arange(3))
+    exits = BeYourOwnTeacher(on(model_on, teacher), shape=(1, 8, 8)).model
+    assert {z.device for z in exit_logits(exits, valid)} == {data_on}
+    assert len(measure_exits(exits, valid)) == len(exits) and sure_curve(exits, valid, (0.5,))
+    assert exits.until_sure(x[:1])[0].device == data_on
+    assert profile_model(model, (1, 8, 8)).parameters == sum(p.numel() for p in teacher.parameters())
+    assert device_of(model) == model_on and device_of(exits) == model_on
+
+
+@pytest.mark.parametrize('student_on', [CPU, CARD])
+@pytest.mark.parametrize('teacher_on', [CPU, CARD])
+@pytest.mark.parametrize('data_on', [CPU, CARD])
+def test_fit_borrows(card, taught, student_on, teacher_on, data_on):
+    (train, valid, _), teacher = taught
+    teacher, student, train = on(teacher_on, teacher), digit_student().to(student_on), train.to(data_on)
+    history = fit(Distill(student, teacher), train, RECIPE, valid)
+    assert 'pretended card' in history.environment['hardware'] and device_of(student) == student_on
+    assert device_of(teacher) == teacher_on and train.device == data_on and valid.device == CPU
+    for name in FEATURE_WEIGHTS:
+        objective = feature_method(name, digit_student().to(student_on), teacher)
+        fit(objective, train, RECIPE, valid)
+        assert {p.device for p in objective.parameters()} == {student_on} and device_of(teacher) == teacher_on
+    for objective in (BeYourOwnTeacher(digit_student().to(student_on), shape=(1, 8, 8)), SelfTeacher(digit_student().to(student_on), train)):
+        fit(objective, train, RECIPE, valid)
+        assert device_of(objective) == student_on
+    cached = CachedTeacher(teacher, train, views=2).fill()
+    assert device_of(teacher) == teacher_on
+    fit(Distill(student, cached), cached.data, RECIPE, valid)
+    assert device_of(student) == student_on and device_of(teacher) == teacher_on
+    batch = train.get(torch.arange(4, device=data_on))
+    assert cached(batch).device == data_on
+
+
+def test_a_run_that_fails_gives_everything_back_too(card, taught):
+    (train, valid, _), teacher = taught
+    teacher, student = on(CPU, teacher), digit_student()
+    with pytest.raises(ValueError, match='became'): fit(Distill(student, teacher), train, Recipe(steps=9, lr=1e30, warmup=0., precision='float32'), valid)
+    with pytest.raises(ValueError, match='never trained'): fit(Distill(student, digit_teacher()), train, RECIPE, valid)
+    assert {device_of(student), device_of(teacher)} == {CPU}
+
+
+def test_what_calls_fit_gives_everything_back(card, taught):
+    (train, valid, test), teacher = taught
+    teacher, (labelled, transfer) = on(CPU, teacher), few_labels(train, 100)
+    found = compare(digit_student, {'alone': (Supervised, labelled), 'kd': (lambda s: Distill(s, teacher), transfer)}, RECIPE, valid, test, teacher, seeds=2)
+    assert {device_of(s) for _, s in found.students.values()} == {CPU} and device_of(teacher) == CPU and 'agreement' in found.runs[0]
+    born = born_again(digit_student, train, RECIPE, valid, generations=2)
+    assert {device_of(m) for m in born.models} == {CPU} and evaluate(born.ensemble(), valid).accuracy >= 0
+    for way, settings in (('generator', {}), ('inversion', dict(rounds=2, images=20, inversion=Recipe(steps=2, lr=0.1)))):
+        student = digit_student()
+        made = distill_without_data(teacher, student, 8, way, Recipe(steps=2, batch_size=16), **settings)
+        assert device_of(student) == CPU and predict(student, Pictures(made.images, 10)).shape == (len(made.images), 10)
+    task = Task(digit_student, teacher, labelled, transfer, RECIPE)
+    for name in METHODS: choose(name, task, valid, [METHODS[name].grid[0]])
+
+
+def test_the_commands_on_a_card(card, taught, tmp_path, capsys):
+    result = distill_nb(seeds=2, epochs=1, teacher_epochs=2, labels=0, out=str(tmp_path/'run'))
+    assert 'on cuda' in capsys.readouterr().out and 'pretended card' in result['hardware']
+    save_weights(taught[1], tmp_path/'t.safetensors')
+    distill_nb_data_free(teacher='digit_teacher', student='digit_student', teacher_weights=str(tmp_path/'t.safetensors'),
+                         data='digits', steps=2, out=str(tmp_path/'free'))
+
+
+def test_an_accelerator_on_the_cpu_does_not_bind_what_comes_after(card, taught):
+    from accelerate import Accelerator
+    mine = Accelerator(cpu=True)
+    assert fit_device().type == 'cuda' and mine.device == CPU
+    history = fit(Supervised(digit_student()), taught[0].train, RECIPE)
+    assert 'pretended card' in history.environment['hardware'] and mine.device == CPU
+
+
+def test_a_device_that_accelerate_was_told_to_use_is_named(card, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_TORCH_DEVICE', 'cpu')
+    with pytest.warns(UserWarning, match="has the device 'cuda', but `accelerate` was told to use 'cpu'"): assert fit_device() == CPU
+
+
+def test_auto_takes_float16_on_a_card_without_bfloat16(card, monkeypatch):
+    assert best_precision(CARD) == 'float16'
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d=None: (6, 1))
+    assert best_precision(CARD) == 'float32'
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
+    assert best_precision(CARD) == 'bfloat16'
+
+
+def test_placed_gives_parts_and_hidden_teachers_back_to_their_own_places(card):
+    teacher = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).to('cuda'))
+    both = nn.ModuleList([nn.Linear(2, 2), Frozen(teacher)])
+    with placed(both, CARD):
+        assert {device_of(both), device_of(teacher), device_of(teacher[1])} == {CARD}
+        both.append(nn.Linear(2, 2).to('cuda'))
+    assert [device_of(m) for m in (both[0], teacher[0], teacher[1], both[2])] == [CPU, CPU, CARD, CPU]
+
+
+def colours(n=1600, size=32):
+    "Images that a few steps learn: each class has a colour."
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 10
+    x = torch.randint(0, 256, (10, 3, 1, 1), generator=g)[y] + torch.randint(0, 9, (n, 3, size, size), generator=g)
+    parts = [ImageData(x[i::3].clamp(0, 255).byte(), y[i::3], list('0123456789'), name=name) for i, name in enumerate(('train', 'valid', 'test'))]
+    return Splits(*parts)
+
+
+def gpu_code(name):
+    "Imports of a notebook, and its cells that are marked gpu."
+    cells = [''.join(c['source']) for c in json.loads((NBS/name).read_text())['cells'] if c['cell_type'] == 'code']
+    imports = [c for c in cells if re.search(r'^(from|import) ', c, re.M) and not re.search(r'^(def|class|@)', c, re.M)]
+    return [c for c in imports if 'export' not in directives(c)] + [c for c in cells if 'gpu' in directives(c)]
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+@pytest.mark.parametrize('name', ['03_models.ipynb', '04_training.ipynb', '05_logits.ipynb'])
+def test_gpu_cells_run_in_small(name, device, monkeypatch, request):
+    if device == 'cuda': request.getfixturevalue('card')
+    small = lambda classes=10, weights=None, **kw: models_module.wrn(10, 1, classes)
+    monkeypatch.setattr(data_module, 'cifar10', lambda root, size=None: colours())
+    for net in ('resnet18', 'resnet20', 'resnet50'): monkeypatch.setattr(models_module, net, small)
+    module = importlib.import_module(f'distill_nb.{name[3:-6]}')
+    space = dict(vars(module))
+    for code in gpu_code(name): exec(code, space)
+    assert 'history' in space or name == '03_models.ipynb'
+
+
+def test_every_notebook_with_gpu_cells_is_tried_in_small():
+    found = {p.name for p in NBS.glob('*.ipynb') if any('gpu' in directives(''.join(c['source'])) for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'code')}
+    assert found == {'03_models.ipynb', '04_training.ipynb', '05_logits.ipynb'}
