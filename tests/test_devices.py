@@ -12,7 +12,7 @@ from distill_nb.data import ImageData, Splits, digits, few_labels
 from distill_nb.data_free import DATA_FREE, Pictures, distill_without_data
 from distill_nb.features import FEATURE_WEIGHTS, feature_method, feature_shapes, layer_similarity, plot_attention
 from distill_nb.logits import Distill, check_teacher, compare
-from distill_nb.methods import METHODS, Task, choose
+from distill_nb.methods import METHODS, Task, choose, contender
 from distill_nb.models import digit_student, digit_teacher, profile_model, save_weights
 from distill_nb.self_distillation import BeYourOwnTeacher, SelfTeacher, born_again, exit_logits, measure_exits, sure_curve
 from distill_nb.training import Frozen, Recipe, Supervised, best_precision, device_of, evaluate, fit, fit_device, placed, predict
@@ -151,6 +151,36 @@ def test_auto_takes_float16_on_a_card_without_bfloat16(card, monkeypatch):
     assert best_precision(CARD) == 'float32'
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
     assert best_precision(CARD) == 'bfloat16'
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_losses_are_right_in_float16(taught, name):
+    "Autocast in float16, as on a card without bfloat16: the losses are those of float32, within what rounded features allow."
+    (train, valid, _), teacher = taught
+    labelled, transfer = few_labels(train, 100)
+    task = Task(digit_student, teacher, labelled, transfer, RECIPE, device='cpu')
+    torch.manual_seed(0)
+    objective, data, *_ = contender(name, task, **METHODS[name].grid[0])(digit_student())
+    objective.check(data, None if name == 'data_free' else valid)
+    batch, found = data.get(torch.arange(64)), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast('cpu', torch.float16, enabled=enabled): losses = copy.deepcopy(objective).train()(batch)
+        assert {l.dtype for l in losses.values()} == {torch.float32}
+        found.append(losses)
+    for k, exact in found[0].items(): assert found[1][k].item() == pytest.approx(exact.item(), rel=0.02, abs=0.002), k
+
+
+def test_a_step_that_overflows_in_float16_is_skipped_and_the_run_goes_on(card, taught):
+    "The scale begins at 2**16; a loss so large that its scaled gradients are infinite must halve the scale and spoil nothing."
+    class Large(Supervised):
+        def forward(self, batch): return {'hard': 1e36 * super().forward(batch)['hard']}
+    torch.manual_seed(0)
+    student = digit_student()
+    before = [p.clone() for p in student.parameters()]
+    history = fit(Large(student), taught[0].train, Recipe(steps=30, batch_size=32, lr=1e-37, momentum=0., warmup=0., weight_decay=0.))
+    assert all(p.isfinite().all() for p in student.parameters()) and len(history.losses['hard']) == 30
+    assert any(not torch.equal(p, q) for p, q in zip(before, student.parameters()))
 
 
 def test_placed_gives_parts_and_hidden_teachers_back_to_their_own_places(card):
