@@ -732,7 +732,7 @@ class _Line:
 
     def write(self, text):
         if not text.startswith('\r'): return  # tqdm's moves between several bars
-        from IPython.display import display
+        display = sys.modules['IPython'].display.display  # there in every kernel, and no dependency of ours
         content = {'text/plain': text.strip()} if text.strip() else {}
         if self.handle: self.handle.update(content, raw=True)
         elif content: self.handle = display(content, raw=True, display_id=True)

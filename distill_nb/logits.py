@@ -203,19 +203,23 @@ def rows(self:Comparison,
     return out
 
 # %% ../nbs/05_logits.ipynb #482023a5
+class _Markdown(str):
+    "Markdown that a notebook renders and everything else shows as it is."
+    def _repr_markdown_(self): return str(self)
+    __repr__ = str.__str__
+
 def markdown_table(
     rows:list, # Dicts; all keys that occur become columns
     digits:int=3, # Decimal places of fractions
-): # An `IPython.display.Markdown`, shown as a table
+)->str: # Markdown, shown as a table by a notebook
     "Show rows as a table."
-    from IPython.display import Markdown
     def cell(v):
         if v is None: return ''
         if isinstance(v, (list, tuple)): return f'[{", ".join(cell(x) for x in v)}]'
         return f'{v:.{digits}f}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else str(v)
     keys = list(dict.fromkeys(k for r in rows for k in r))
     lines = [keys, ['---'] * len(keys)] + [[cell(r.get(k)) for k in keys] for r in rows]
-    return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
+    return _Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
 
 # %% ../nbs/05_logits.ipynb #09ecfd1a
 def text_table(

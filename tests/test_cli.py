@@ -297,8 +297,8 @@ def test_missing_weights_and_data_without_a_network_are_explained(tmp_path, monk
     err = capsys.readouterr().err
     assert 'https://' in err and str(tmp_path/'data') in err and err.count('\n') == 1
     assert command('--teacher', 'torchvision:resnet18', '--teacher_weights', 'imagenet', '--data', f"folder:{photos(tmp_path/'photos')}", '--out', tmp_path/'run') == 2
-    err = capsys.readouterr().err
-    assert 'https://download.pytorch.org' in err and 'checkpoints' in err and err.count('\n') == 1
+    [line] = [l for l in capsys.readouterr().err.splitlines() if not l.startswith('Downloading: ')]  # old versions of torch say that here
+    assert 'https://download.pytorch.org' in line and 'checkpoints' in line
     assert not (tmp_path/'run').exists()
 
 

@@ -1,5 +1,5 @@
 """Distill, the teacher's exam, and comparisons that can be trusted."""
-import math
+import math, subprocess, sys
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from scipy import stats
 from torch import nn
 
 from distill_nb.data import CropFlip, ImageData
-from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, tune
+from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, tune
 from distill_nb.losses import UNLABELLED, DistillationLoss, reverse_kl_loss
 from distill_nb.models import fingerprint
 from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit
@@ -256,3 +256,25 @@ def test_a_teacher_that_need_not_pass_the_exam(teacher):
     fit(Distill(net(), weak, examine=False), images(), RECIPE)
     assert describe(Distill(net(), weak, examine=False)) == describe(Distill(net(), weak))
     with pytest.raises(ValueError, match='the teacher'): fit(Distill(net(), net(CLASSES + 4), examine=False), images(), RECIPE)
+
+
+# --- tables
+
+ROWS = [{'model': 'alone', 'images': 1234, 'accuracy': 0.5}, {'model': 'distilled', 'accuracy': None, 'ci95': [0.25, 1.]}]
+TABLE = """| model | images | accuracy | ci95 |
+| --- | --- | --- | --- |
+| alone | 1,234 | 0.50 |  |
+| distilled |  |  | [0.25, 1.00] |"""
+
+
+def test_a_notebook_shows_a_table_and_everything_else_its_text():
+    from IPython.core.formatters import DisplayFormatter
+    table = markdown_table(ROWS, digits=2)
+    assert table == TABLE
+    assert DisplayFormatter().format(table)[0] == {'text/markdown': TABLE, 'text/plain': TABLE}
+
+
+def test_a_table_needs_no_ipython():
+    code = f"import sys; sys.modules['IPython'] = None; from distill_nb.logits import markdown_table; print(markdown_table({ROWS}, digits=2))"
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert p.stdout == TABLE + '\n', p.stderr

@@ -1,5 +1,5 @@
 """The house in order: package, README, outputs and links are what the notebooks and settings give."""
-import ast, json, re, shutil, subprocess, sys
+import ast, email, json, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -102,6 +102,55 @@ def test_the_address_is_that_of_the_settings():
 def test_the_version_stands_once():
     import distill_nb
     assert distill_nb.__version__ == S['version']
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "A wheel of the tree's copy, built with the setuptools that is here, so that nothing is downloaded."
+    tree = tmp_path_factory.mktemp('tree')
+    for name in TRACKED:
+        if name.startswith(('.', 'nbs/', 'tests/')): continue
+        (tree/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/name, tree/name)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    p = subprocess.run([sys.executable, '-c', build], cwd=tree, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    with zipfile.ZipFile(next((tree/'dist').glob('*.whl'))) as found: yield found
+
+
+@pytest.fixture(scope='module')
+def metadata(wheel): return email.message_from_bytes(wheel.read(next(n for n in wheel.namelist() if n.endswith('/METADATA'))))
+
+
+def test_the_wheel_holds_the_package_its_results_and_the_mark_of_its_types(wheel):
+    results = {f for f in TRACKED if f.startswith('distill_nb/results/')}
+    assert {f'distill_nb/{m}.py' for m in MODULES} | {'distill_nb/py.typed'} | results <= set(wheel.namelist()) and results
+
+
+def test_the_wheel_says_where_the_project_lives(metadata):
+    repo = S['repo_url']
+    assert dict(link.split(', ') for link in metadata.get_all('Project-URL')) == {
+        'Homepage': S['site_url'], 'Repository': repo, 'Changelog': f"{repo}/blob/{S['branch']}/CHANGELOG.md", 'Issues': f'{repo}/issues'}
+
+
+def test_the_oldest_python_is_the_same_everywhere(metadata):
+    pythons = re.findall(r'Python :: (3\.\d+)', '\n'.join(metadata.get_all('Classifier')))
+    assert pythons[0] == S['min_python'] and metadata['Requires-Python'] == f">={S['min_python']}"
+    assert f"Python {S['min_python']} or later" in (ROOT/'README.md').read_text()
+
+
+def test_what_the_package_imports_is_a_dependency_with_a_lower_bound(metadata):
+    imports = [n for p in (ROOT/'distill_nb').glob('*.py') for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {a.name for n in imports if isinstance(n, ast.Import) for a in n.names} | {n.module for n in imports if isinstance(n, ast.ImportFrom) and not n.level}
+    packages = {name.partition('.')[0] for name in names} - sys.stdlib_module_names - {'distill_nb'}
+    required = [r.partition(';')[0] for r in metadata.get_all('Requires-Dist') if 'extra == "dev"' not in r]
+    assert {re.match(r'[\w-]+', r)[0] for r in required} == {{'PIL': 'pillow', 'sklearn': 'scikit-learn'}.get(p, p) for p in packages}
+    assert all('>=' in r for r in required)
+
+
+def test_the_command_for_the_oldest_versions_is_that_of_the_workflow():
+    command = re.search(r'^uv run .*lowest-direct.*$', (ROOT/'CONTRIBUTING.md').read_text(), re.M)[0]
+    assert command in (ROOT/'.github/workflows/test.yml').read_text() and f"--python {S['min_python']} " in command
 
 
 def test_links_between_pages_resolve():
