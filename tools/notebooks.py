@@ -74,7 +74,7 @@ def run(path, flags=('slow',)):
             if not runs(cell, flags): continue
             try: run_cell(i)
             except CellExecutionError as e: sys.exit(f'{path.name}, cell {cell.id}:\n{e}')
-            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr' and o.get('data') != {}]  # a bar that is gone
     nb.metadata['outputs_of'] = code_hash(nb)
     nbformat.write(nb, path)
     nb = read_nb(path)
