@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.notebooks import (NBS, ROOT, bibliography, code_hash, head, links, notebooks, readme, references, runs,
+from tools.notebooks import (NBS, ROOT, bibliography, code_hash, head, kernel, links, notebooks, readme, references, runs,
                              settings, stale)
 
 MODULES = ['losses', 'theory', 'data', 'models', 'training', 'logits', 'cache', 'features', 'self_distillation', 'data_free', 'methods', 'bench', 'cli']
@@ -250,3 +250,18 @@ def test_imports_stand_in_cells_of_their_own(path):
         if c['cell_type'] != 'code' or source(c).lstrip('#| hide\n').startswith('!'): continue
         kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source(c)).body}
         assert len(kinds) <= 1 or re.search(r'^#\|\s*exports?\b', source(c), re.M), source(c)
+
+
+def test_a_bar_leaves_nothing_in_a_saved_notebook_and_a_value_stands_above_its_figure():
+    import nbformat
+    nb = nbformat.v4.new_notebook()
+    nb.cells = [nbformat.v4.new_code_cell(source) for source in (
+        'import time\nfrom distill_nb.data import progress_bar\nimport matplotlib.pyplot as plt',
+        "for i in progress_bar(range(24), desc='outer'):\n    for j in progress_bar(range(24), desc='inner', disable=i > 0): time.sleep(0.06 if i == 0 else 0.01)",
+        'plt.plot([1, 2])\n5')]
+    with kernel(nb) as run_cell:
+        for i in range(3): run_cell(i)
+    shown = [o for o in nb.cells[1].outputs if o.get('data') != {}]
+    assert shown == [] and len(nb.cells[1].outputs) == 2  # both bars were there, and are gone
+    value, figure = nb.cells[2].outputs
+    assert value['data']['text/plain'] == '5' and 'image/png' in figure['data']

@@ -61,7 +61,7 @@ def kernel(nb, python=sys.executable, first=''):
 
 
 def run(path, flags=('slow',)):
-    "Run the notebook at `path` and store its outputs and the hash of the code that made them."
+    "Run the notebook at `path` alone, and store its outputs, the hash of the code that made them, and how long it took."
     import nbformat
     from nbclient.exceptions import CellExecutionError
     from nbdev.clean import clean_nb
@@ -69,17 +69,22 @@ def run(path, flags=('slow',)):
     nb = nbformat.read(path, 4)
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = []
+    took = {'quick': 0, 'slow': 0}
     with kernel(nb) as run_cell:
         for i, cell in enumerate(nb.cells):
             if not runs(cell, flags): continue
+            start = time.perf_counter()
             try: run_cell(i)
             except CellExecutionError as e: sys.exit(f'{path.name}, cell {cell.id}:\n{e}')
             cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr' and o.get('data') != {}]  # a bar that is gone
+            took['quick' if runs(cell) else 'slow'] += time.perf_counter() - start
     nb.metadata['outputs_of'] = code_hash(nb)
+    nb.metadata['seconds'] = {k: round(v) for k, v in took.items()} | {'cores': os.cpu_count()}
     nbformat.write(nb, path)
     nb = read_nb(path)
     clean_nb(nb, allowed_metadata_keys=settings()['allowed_metadata_keys'].split())
     write_nb(nb, path)
+    set_head(path)
 
 
 def stale():
@@ -88,12 +93,21 @@ def stale():
     return [p.name for p, nb in nbs.items() if nb['metadata'].get('outputs_of') != code_hash(nb)]
 
 
+def how_long(took):
+    "A sentence from the seconds of a run, those of its slow cells apart."
+    about = lambda s: f'{max(10, 10 * round(s / 10))} seconds' if s < 90 else f'{round(s / 60)} minutes'
+    slow = f", and {about(took['slow'])} more for the cells marked `#| slow`" if took['slow'] else ''
+    return f"Runs in about {about(took['quick'])} on {took['cores']} CPU cores{slow}."
+
+
 def head(path):
     "The sources of the badge cell and of the install cell of the notebook at `path`."
     s = settings()
     place = s['repo_url'].removeprefix('https://github.com/')
     badge = (f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
              f"(https://colab.research.google.com/github/{place}/blob/{s['branch']}/nbs/{path.name})")
+    took = json.loads(path.read_text())['metadata'].get('seconds')
+    if took and path.stem != 'index': badge += '\n\n' + how_long(took)
     return badge, f"#| hide\n![ -e /content ] && pip install -q git+{s['repo_url']}  # on Colab only"
 
 
