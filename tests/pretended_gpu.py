@@ -10,20 +10,26 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 CARD = torch.device('cuda', 0)
 GETTERS = {Tensor.device.__get__: lambda t: CARD, Tensor.is_cuda.__get__: lambda t: True}
-ACROSS = {'copy_', '__get__', '__set__', '__setitem__', '__getitem__', 'set_', 'index_put_', 'type_as', 'module_load', 'backward', 'grad'}
+ACROSS = {'copy_', '__set__', '__setitem__', '__getitem__', 'set_', 'index_put_', 'type_as', 'module_load', 'backward', 'grad'}
 
 
 def marked(t): return isinstance(t, Tensor) and t.__dict__.get('on_card', False)
 
 
+def tensors_in(value):
+    "All tensors in lists, tuples and dicts."
+    if isinstance(value, Tensor): return [value]
+    if isinstance(value, dict): value = value.values()
+    elif not isinstance(value, (list, tuple)): return []
+    return [t for v in value for t in tensors_in(v)]
+
+
 def mark(value, on):
     "Mark all tensors in a value, or take their mark away."
-    for t in tree_leaves(value) if not isinstance(value, Tensor) else [value]:
-        if isinstance(t, Tensor): t.__dict__['on_card'] = on
+    for t in tensors_in(value): t.__dict__['on_card'] = on
     return value
 
 
@@ -49,12 +55,14 @@ class Card(TorchFunctionMode):
     "Keeps the marks, and refuses to mix."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, '__name__', '')
-        if name == '__get__' and marked(args[0]) and func in GETTERS: return GETTERS[func](args[0])
+        if name == '__get__':
+            on = marked(args[0])
+            return GETTERS[func](args[0]) if on and func in GETTERS else mark(func(*args), on)
         if name in ('to', 'cuda', 'cpu'): return self.move(func, name, args, kwargs)
         if name in ('numpy', '__array__') and marked(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
         args, kwargs, asked = on_cpu(args, kwargs) if 'device' in kwargs or name in ('empty_like', 'type') else (args, kwargs, None)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = tensors_in(args) + tensors_in(kwargs)
         here = any(map(marked, tensors))
         if here and asked is None: self.refuse_mixture(name, args, tensors)
         result = func(*args, **kwargs)
@@ -77,8 +85,7 @@ class Card(TorchFunctionMode):
     def refuse_mixture(self, name, args, tensors):
         if name.startswith(('_fused', '_foreach', '_amp', '_has_compatible')): return
         if name in ('__getitem__', '__setitem__'):
-            index = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)]
-            if not marked(args[0]) and any(map(marked, index)):
+            if not marked(args[0]) and any(map(marked, tensors_in(args[1]))):
                 raise RuntimeError('indices should be either on cpu or on the same device as the indexed tensor (cpu)')
         if name not in ACROSS and any(not marked(t) and t.ndim for t in tensors):
             raise RuntimeError('Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! '
@@ -87,7 +94,7 @@ class Card(TorchFunctionMode):
 
 CUDA = dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, synchronize=lambda *a: None,
             get_device_name=lambda d=None: 'pretended card', get_device_capability=lambda d=None: (7, 5),
-            is_bf16_supported=lambda including_emulation=True: False, manual_seed=lambda s: None,
+            is_bf16_supported=lambda including_emulation=True: including_emulation, manual_seed=lambda s: None,
             manual_seed_all=lambda s: None, max_memory_allocated=lambda d=None: 0)
 
 
