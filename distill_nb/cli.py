@@ -806,13 +806,16 @@ def run_command(
     argv:list|None=None, # Arguments; None: those of the process
 )->int: # Exit code
     "Run a function as a command."
+    from tqdm.auto import tqdm
     parser = anno_parser(function, prog=function.__name__)
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
+    def warn(message, *_, **__):  # in a line of its own, also while a bar is shown
+        tqdm.write(f'{parser.prog}: {message}', file=sys.stderr)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace')  # a terminal without ± is no reason to fail
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f'{parser.prog}: {message}', file=sys.stderr)
+            warnings.showwarning = warn
             function(**given)
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and 'allocate' not in str(e): raise  # a defect, and no lack of memory
