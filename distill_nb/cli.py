@@ -30,7 +30,7 @@ from .data_free import DATA_FREE, WAYS, Pictures, bn_layers, distill_without_dat
 from .logits import Result, agreement, check_teacher, compare, text_table
 from .losses import DistillationLoss
 from .methods import METHODS, Task, choose, contender, rehearse
-from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, write_atomic
+from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, transfer_weights, write_atomic
 from .training import PRECISIONS, Recipe, Supervised, environment, evaluate, fit, fit_device, predict
 
 # %% ../nbs/cli.ipynb #0112bf81
@@ -102,10 +102,14 @@ def pretrained_model(
     channels:int, # Channels of an image
     size:int, # Height and width of an image
 )->torch.nn.Module: # To be fine-tuned
-    "A network with torchvision's ImageNet weights wherever they fit; the head is new, and so is a stem for other images."
-    model, tensors = build_model(name, classes, channels, size), imagenet_weights(name.removeprefix('torchvision:'), 'DEFAULT')
-    own = model.state_dict()
-    model.load_state_dict({k: t if k in own and t.shape == own[k].shape else own[k] for k, t in tensors.items() if k in own}, strict=False)
+    "A network with torchvision's ImageNet weights and, unless it tells a thousand classes apart, a new head."
+    model = build_model(name, classes, channels, size)
+    tensors = imagenet_weights(name.removeprefix('torchvision:'), 'DEFAULT')
+    try: changed = transfer_weights(model, tensors, f'The ImageNet file of {name}')
+    except ValueError as e:
+        raise ValueError(f"{e} It is for colour or grey images of the size that the network was made for, "
+                         "mostly 224: give that as size, or teacher_weights='none'.") from None
+    print(f"teacher: ImageNet weights of {name}; {'; '.join(changed) or 'nothing is new'}", flush=True)
     return model
 
 # %% ../nbs/cli.ipynb #079de183

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from distill_nb import cli
-from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, make_teacher, run_command, table, text_table, verdicts
+from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, make_teacher, pretrained_model, run_command, table, text_table, verdicts
 from distill_nb.data import digits
-from distill_nb.models import build_model, load_weights, read_weights, save_weights
+from distill_nb.models import build_model, load_weights, read_weights, resnet18, save_weights
 from distill_nb.training import evaluate
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
@@ -321,6 +321,24 @@ def test_python_m_is_the_command():
 def test_presets_build():
     for name, (channels, size) in {'digits': (1, 8), 'mnist': (1, 28), 'cifar10': (3, 32), 'cifar100': (3, 32)}.items():
         for model in (PRESETS[name].teacher, PRESETS[name].student): build_model(model, 10, channels, size)
+
+
+def test_imagenet_weights_are_loaded_as_in_python(tmp_path, monkeypatch, capsys):
+    "Grey images sum the colours of the stem, and a stem that does not fit is refused, not left random."
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    (tmp_path/'checkpoints').mkdir()
+    old = build_model('resnet18', 1000, 3, 224).state_dict()
+    torch.save(old, tmp_path/'checkpoints'/'resnet18-f37072fd.pth')
+    for name in ('resnet18', 'torchvision:resnet18'):
+        torch.manual_seed(0)
+        grey = pretrained_model(name, 10, 1, 96).state_dict()
+        assert torch.equal(grey['conv1.weight'], old['conv1.weight'].sum(1, keepdim=True))
+        assert all(torch.equal(grey[k], t) for k, t in old.items() if k.split('.')[0] not in ('conv1', 'fc'))
+        assert f'ImageNet weights of {name}; the head (fc) is new; the stem (conv1) sums its three colours\n' in capsys.readouterr().out
+    ours = resnet18(classes=10, channels=1, weights='IMAGENET1K_V1').state_dict()
+    assert all(torch.equal(grey[k], ours[k]) for k in ours if not k.startswith('fc.'))
+    for shape in ((3, 32), (4, 96)):
+        with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be .* give that as size'): pretrained_model('resnet18', 10, *shape)
 
 
 def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):

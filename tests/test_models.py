@@ -381,6 +381,77 @@ def test_weights_put_into_the_folder_are_used(hub):
         with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be'): M.resnet18(weights='IMAGENET1K_V1', **bad)
 
 
+FAMILIES = ('alexnet', 'convnext_tiny', 'densenet121', 'efficientnet_b0', 'googlenet', 'inception_v3', 'maxvit_t', 'mnasnet0_5', 'mobilenet_v2', 'mobilenet_v3_small',
+            'resnet18', 'resnext50_32x4d', 'shufflenet_v2_x0_5', 'squeezenet1_1', 'swin_t', 'swin_v2_t', 'vgg11_bn', 'vit_b_16')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_of_every_family_all_but_the_head_is_kept_and_grey_images_sum_the_colours(name):
+    "On the meta device: names and shapes alone decide."
+    size = 299 if name == 'inception_v3' else 224
+    with torch.device('meta'):
+        old, new, grey = (M._torchvision_model(name, *shape, size) for shape in ((1000, 3), (7, 3), (7, 1)))
+    for model, stem in ((new, 0), (grey, 1)):
+        tensors, changed = M.adapt_weights(model, was := old.state_dict())
+        M.check_weights(model, tensors, name)
+        head, first = M.head_name(model), M.stem_name(model)
+        own = {k.rpartition('.')[0] for k, t in tensors.items() if t is not was[k]}
+        assert own == ({head, first} if stem else {head})
+        assert changed == [f'the head ({head}) is new', f'the stem ({first}) sums its three colours'][:1 + stem]
+        assert M.head_name(model, 7) == head
+
+
+def older(name, tensors):
+    "The names that torchvision's files of ImageNet weights still have."
+    if name == 'vit': pairs = (('.mlp.0.', '.mlp.linear_1.'), ('.mlp.3.', '.mlp.linear_2.'))
+    else: pairs = tuple((f'{k}{i}.', f'{k}.{i}.') for k in ('norm', 'conv') for i in (1, 2))
+    def rename(k):
+        for a, b in pairs: k = k.replace(a, b) if name == 'vit' or 'denselayer' in k else k
+        return k
+    return {rename(k): t for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize('name,more', [('densenet', ()), ('vit', ()), ('googlenet', ('aux1.fc2.weight', 'aux2.conv.bn.bias')), ('inception', ('AuxLogits.fc.bias',))])
+def test_files_of_older_networks_fill_every_layer(name, more, hub, monkeypatch):
+    from torchvision import models
+    full, file = {'densenet': ('densenet121', 'densenet121-a639ec97.pth'), 'vit': ('vit_b_32', 'vit_b_32-d86f8d99.pth'),
+                  'googlenet': ('googlenet', 'googlenet-1378be20.pth'), 'inception': ('inception_v3', 'inception_v3_google-0cc3c7bd.pth')}[name]
+    small = {'densenet': lambda: models.DenseNet(4, (1, 1), 4, num_classes=5),
+             'vit': lambda: models.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=5)}.get(name, nn.Sequential)
+    old = small().state_dict() | {k: torch.ones(2) for k in more}
+    torch.save(older(name, old) if not more else old, hub/file)
+    if not more: assert set(older(name, old)) != set(old)
+    found = M.imagenet_weights(full, 'DEFAULT')
+    assert same(found, {k: t for k, t in old.items() if k not in more})
+
+
+def test_a_layer_that_does_not_fit_is_refused_and_the_model_stays(hub):
+    old = M.resnet18(classes=1000).state_dict()
+    for wrong in ({k: t for k, t in old.items() if k != 'layer3.0.conv1.weight'}, old | {'layer3.0.conv1.weight': torch.ones(2, 2)}, old | {'layer3.0.conv9.weight': torch.ones(2, 2)}):
+        model = M.resnet18(classes=10)
+        before = bits(model)
+        with pytest.raises(ValueError, match='layer3.0.conv'): M.transfer_weights(model, wrong, 'a file')
+        assert same(bits(model), before)
+    assert M.transfer_weights(model, old, 'a file') == ['the head (fc) is new']
+
+
+def test_networks_with_versions_of_their_own_load(tmp_path):
+    "MNASNet refuses weights that come without the version of their names."
+    torch.manual_seed(0)
+    old, new = (M.build_model('torchvision:mnasnet0_5', 3, size=32) for _ in range(2))
+    M.save_weights(old, tmp_path/'w.safetensors')
+    assert same(dict(M.load_weights(new, tmp_path/'w.safetensors').state_dict()), dict(old.state_dict()))
+
+
+def test_the_head_is_the_one_layer_with_as_many_outputs_as_classes():
+    two = nn.ModuleDict({'head': nn.Linear(8, 5), 'head_dist': nn.Linear(8, 5), 'last': nn.Linear(8, 3)})
+    assert M.head_name(two) == M.head_name(two, 3) == 'last' and M.head_name(nn.Linear(2, 3)) == ''
+    for n, said in ((5, 'but has 2'), (4, 'but has 0')):
+        with pytest.raises(ValueError, match=f'one linear layer with {n} outputs .*{said}'): M.head_name(two, n)
+    with pytest.raises(ValueError, match='no linear layer'): M.head_name(nn.Conv2d(3, 8, 3))
+    assert M.head_name(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1))) == '1'
+
+
 def test_damaged_weights_in_the_folder_are_refused(hub):
     (hub/'resnet18-f37072fd.pth').write_bytes(b'<html>')
     with pytest.raises(ValueError, match='damaged') as e: M.resnet18(weights='IMAGENET1K_V1')
