@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from distill_nb import cli
-from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, make_teacher, pretrained_model, run_command, table, text_table, verdicts
-from distill_nb.data import digits
+from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, imagenet_normalisation, make_teacher, pretrained_model, run_command, table, text_table, verdicts
+from distill_nb.data import ImageData, digits
 from distill_nb.models import build_model, load_weights, read_weights, resnet18, save_weights
 from distill_nb.training import evaluate
 
@@ -339,6 +339,27 @@ def test_imagenet_weights_are_loaded_as_in_python(tmp_path, monkeypatch, capsys)
     assert all(torch.equal(grey[k], ours[k]) for k in ours if not k.startswith('fc.'))
     for shape in ((3, 32), (4, 96)):
         with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be .* give that as size'): pretrained_model('resnet18', 10, *shape)
+
+
+def test_each_set_of_imagenet_weights_has_its_own_normalisation():
+    from torchvision.models import GoogLeNet
+    usual = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert imagenet_normalisation('resnet50', 3) == imagenet_normalisation('torchvision:vgg11', 3) == usual
+    assert imagenet_normalisation('torchvision:efficientnet_v2_l', 3) == ((0.5,) * 3, (0.5,) * 3)
+    assert imagenet_normalisation('resnet18', 1) == ((pytest.approx(0.449),), (pytest.approx(0.226),))
+    x = torch.rand(2, 3, 8, 8)
+    channels = lambda name: [torch.tensor(v).view(-1, 1, 1) for v in (usual if name == 'usual' else imagenet_normalisation(name, 3))]
+    (m, s), (mean, std) = channels('usual'), channels('torchvision:googlenet')
+    inside = GoogLeNet._transform_input(type('Net', (), {'transform_input': True}), (x - m) / s)  # what torchvision's network does first
+    assert torch.allclose((x - mean) / std, inside, atol=1e-6)
+
+
+def test_a_teacher_from_imagenet_weights_sees_images_as_these_want_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, 'imagenet_weights', lambda name, _: build_model('torchvision:squeezenet1_1', 1000, 3, 32).state_dict())
+    for channels, mean in ((1, 0.449), (3, 0.485)):
+        x = torch.randint(0, 256, (20, channels, 32, 32), dtype=torch.uint8)
+        _, trained, (found, _) = make_teacher('torchvision:squeezenet1_1', 'imagenet', ImageData(x, torch.arange(20) % 2, ['a', 'b']))
+        assert not trained and found[0] == pytest.approx(mean) and len(found) == channels
 
 
 def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):
