@@ -12,7 +12,7 @@ __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56'
            'measure_latency', 'ModelCost', 'eval_mode', 'profile_model', 'human', 'cost_table', 'plot_costs']
 
 # %% ../nbs/03_models.ipynb #794a010f
-import copy, difflib, hashlib, os, re, statistics, time
+import copy, difflib, hashlib, json, os, re, statistics, time
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
@@ -328,14 +328,16 @@ def write_atomic(
 
 # %% ../nbs/03_models.ipynb #8df431fa
 def fingerprint(
-    tensors:dict, # Tensors by name, e.g. `model.state_dict()`
-) -> str:         # 16 hexadecimal digits
-    "A short hash of names, types, shapes and values, the same on every device"
+    tensors:dict,       # Tensors by name, e.g. `model.state_dict()`
+    metadata:dict=None, # Facts that belong to them, as text by name
+) -> str:               # 16 hexadecimal digits
+    "A short hash of names, types, shapes and values, and of the facts, the same on every device"
     h = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         t = t.detach().cpu().contiguous()
         h.update(f'{name} {t.dtype} {tuple(t.shape)} '.encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy())
+    if metadata: h.update(json.dumps(metadata, sort_keys=True).encode())
     return h.hexdigest()[:16]
 
 # %% ../nbs/03_models.ipynb #6893cf65
@@ -343,10 +345,11 @@ def pack_weights(
     model:nn.Module, # Network to save
     **metadata,      # Facts to keep beside the weights; the values become text
 ) -> bytes:          # A safetensors file
-    "Weights and buffers of `model`, with their fingerprint, as the bytes of a file"
+    "Weights, buffers and facts, with a fingerprint of them all, as the bytes of a file"
     from safetensors.torch import save
     tensors = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in model.state_dict().items()}
-    return save(tensors, {k: str(v) for k, v in metadata.items()} | {'fingerprint': fingerprint(tensors)})
+    facts = {k: str(v) for k, v in metadata.items() if k != 'fingerprint'}
+    return save(tensors, facts | {'fingerprint': fingerprint(tensors, facts)})
 
 # %% ../nbs/03_models.ipynb #fa986ab8
 def save_weights(
@@ -358,14 +361,21 @@ def save_weights(
     if Path(path).suffix != '.safetensors': raise ValueError(f"path must end in .safetensors, but is '{path}'.")
     write_atomic(path, pack_weights(model, **metadata))
 
+# %% ../nbs/03_models.ipynb #d2263af8
+def _check_fingerprint(tensors, metadata):
+    for key, value in metadata.items():
+        named = key == 'fingerprint'
+        if not named and not re.fullmatch('[0-9a-f]{16}', value): continue
+        others = {k: v for k, v in metadata.items() if k != key}
+        if named != (fingerprint(tensors, others) == value):
+            raise ValueError('its values or its metadata are not those that were saved')
+
 # %% ../nbs/03_models.ipynb #dd1c8131
 def _read_safetensors(path):
     from safetensors import safe_open
     with safe_open(path, 'pt') as f:
         tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    found = fingerprint(tensors)
-    if metadata.get('fingerprint', found) != found:
-        raise ValueError('its values are not the ones that were saved')
+    _check_fingerprint(tensors, metadata)
     return tensors, metadata
 
 def _read_pickle(path):

@@ -240,7 +240,8 @@ def test_round_trip(tmp_path):
     assert M.load_weights(other, tmp_path/'new'/'w.safetensors') is other
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     tensors, metadata = M.read_weights(tmp_path/'new'/'w.safetensors')
-    assert metadata == {'seed': '4', 'data': 'cifar10', 'fingerprint': M.fingerprint(model.state_dict())}
+    facts = {'seed': '4', 'data': 'cifar10'}
+    assert metadata == facts | {'fingerprint': M.fingerprint(model.state_dict(), facts)}
     assert os.listdir(tmp_path/'new') == ['w.safetensors']
 
 
@@ -293,6 +294,39 @@ def test_damaged_files_are_refused(kind, tmp_path):
     assert path.name in str(e.value) and 'damaged' in str(e.value) and '\n' not in str(e.value)
     assert os.listdir(tmp_path) == [path.name], 'nothing in the file may run'
     assert same(bits(model), before) and path.read_bytes() == data, 'neither the model nor the file may change'
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    "Whatever a file with one wrong bit is taken for, it is not taken for other weights or other facts."
+    torch.manual_seed(0)
+    model, path = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), tmp_path/'w.safetensors'
+    M.save_weights(model, path, mean=[0.5, 0.25], std=(0.125,), data='a "b"\n', other='0123456789abcdef')
+    good, (tensors, metadata) = path.read_bytes(), M.read_weights(path)
+    for i in range(len(good)):
+        for bit in range(8):
+            path.write_bytes(good[:i] + bytes([good[i] ^ 1 << bit]) + good[i + 1:])
+            try: found = M.read_weights(path)
+            except ValueError as e: assert 'damaged' in str(e); continue
+            assert same(found[0], tensors) and found[1] == metadata, (i, bit)
+
+
+def test_a_file_whose_fingerprint_covers_no_metadata_is_refused_if_it_has_any(tmp_path):
+    "Files of the days before; those without metadata, like checkpoints, are the same as today's."
+    from safetensors.torch import save_file
+    tensors, path = M.digit_student().state_dict(), tmp_path/'w.safetensors'
+    save_file(tensors, path, {'fingerprint': M.fingerprint(tensors)})
+    assert same(M.read_weights(path)[0], dict(tensors))
+    save_file(tensors, path, {'fingerprint': M.fingerprint(tensors), 'mean': '[0.5]'})
+    with pytest.raises(ValueError, match='metadata'): M.read_weights(path)
+    save_file(tensors, path, {'format': 'pt', 'mean': '[0.5]', 'commit': '0123456789abcdef'})  # another program's
+    assert M.read_weights(path)[1]['mean'] == '[0.5]'
+
+
+def test_facts_that_were_read_can_be_saved_again(tmp_path):
+    M.save_weights(M.digit_student(), tmp_path/'a.safetensors', mean=[0.5])
+    facts = M.read_weights(tmp_path/'a.safetensors')[1]
+    M.save_weights(M.digit_student(), tmp_path/'b.safetensors', **facts)
+    assert M.read_weights(tmp_path/'b.safetensors')[1]['mean'] == '[0.5]'
 
 
 @pytest.mark.parametrize('other,parts', [
