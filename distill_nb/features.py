@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .data import Batch
 from .logits import Distill
 from .losses import kd_loss, upcast
+from .models import head_name
 from .training import Frozen, device_of, evaluating, seed_noise
 
 # %% ../nbs/07_features.ipynb #c6813eb0
@@ -491,12 +492,11 @@ def stage_pairs(
 FEATURE_WEIGHTS = {'hint': 100., 'attention': 1000., 'relational': 1.}  # Tian et al. 2020, where relations have 25 and 50 inside
 
 def head_input(
-    model:nn.Module, # A network that ends in a linear layer
+    model:nn.Module, # A network that ends in a linear layer or in a 1x1 convolution
 )->str: # A name for `tap`
-    "The name of what goes into the last linear layer."
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not linear: raise ValueError(f'{type(model).__name__} has no linear layer as its head; name the layers in a `FeatureDistill`.')
-    return f'{linear[-1]}:input'
+    "The name of what goes into the head."
+    try: return f'{head_name(model)}:input'
+    except ValueError as e: raise ValueError(f'{e} Name the layers in a `FeatureDistill`.') from None
 
 def _customary(name, student, teacher):
     "The term of this name between its customary layers."

@@ -6,13 +6,13 @@
 __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet8x4', 'resnet32x4', 'wrn',
            'wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2', 'resnet18', 'resnet34', 'resnet50', 'conv', 'conv_bn_relu',
            'digit_student', 'digit_teacher', 'BasicBlock', 'stage', 'StagedNet', 'CifarResNet', 'PreActBlock',
-           'WideResNet', 'imagenet_weights', 'adapt_weights', 'check_weights', 'torchvision_resnet', 'set_stem',
-           'write_atomic', 'fingerprint', 'pack_weights', 'save_weights', 'read_weights', 'load_weights', 'model_names',
-           'build_model', 'count_macs', 'measure_latency', 'ModelCost', 'eval_mode', 'profile_model', 'human',
-           'cost_table', 'plot_costs']
+           'WideResNet', 'imagenet_weights', 'head_name', 'stem_name', 'adapt_weights', 'check_weights',
+           'transfer_weights', 'torchvision_resnet', 'set_stem', 'write_atomic', 'fingerprint', 'pack_weights',
+           'save_weights', 'read_weights', 'load_weights', 'model_names', 'build_model', 'count_macs',
+           'measure_latency', 'ModelCost', 'eval_mode', 'profile_model', 'human', 'cost_table', 'plot_costs']
 
 # %% ../nbs/03_models.ipynb #794a010f
-import copy, difflib, hashlib, os, re, statistics, time
+import copy, difflib, hashlib, json, os, re, statistics, time
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
@@ -175,11 +175,19 @@ wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2 = [partial(wrn, d, k) for d, k in ((16, 1
 # %% ../nbs/03_models.ipynb #99567a48
 def _reason(error): return (str(error).splitlines() or [type(error).__name__])[0]
 
+# %% ../nbs/03_models.ipynb #c7e1ea22
+_renamed = {r'(denselayer\d+\.(?:norm|conv))\.(\d)\.': r'\1\2.',
+            r'\.mlp\.linear_1\.': '.mlp.0.', r'\.mlp\.linear_2\.': '.mlp.3.'}
+
+def _current(tensors):
+    for old, new in _renamed.items(): tensors = {re.sub(old, new, k): t for k, t in tensors.items()}
+    return {k: t for k, t in tensors.items() if not k.lower().startswith('aux')}
+
 # %% ../nbs/03_models.ipynb #d7ee1c81
 def imagenet_weights(
     name:str,    # Name of a torchvision model, e.g. 'resnet50'
     weights:str, # Name of its weights, e.g. 'IMAGENET1K_V2'
-) -> dict:       # Tensors by name
+) -> dict:       # Tensors by name, as today's torchvision names them
     "ImageNet weights from torch.hub's folder, or else from the network"
     from torchvision.models import get_model_weights
     known = get_model_weights(name).__members__
@@ -187,26 +195,51 @@ def imagenet_weights(
         raise ValueError(f"weights must be None, a file or one of {', '.join(known)}, but is '{weights}'.")
     url = known[weights].url
     place = Path(torch.hub.get_dir())/'checkpoints'/url.split('/')[-1]
-    try: return known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
+    try: return _current(known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True))
     except OSError as e:
         raise ValueError(f"weights='{weights}' could not be downloaded ({e}). "
                          f'Download {url} and save it as {place}.') from e
     except Exception as e:
         raise ValueError(f"'{place}' is damaged ({_reason(e)}). Replace it by a new download of {url}.") from e
 
+# %% ../nbs/03_models.ipynb #4b5b8068
+def head_name(
+    model:nn.Module,       # Network that ends in a linear layer or in a 1x1 convolution
+    classes:int|None=None, # Outputs that the head must have; None: whatever it has
+) -> str:                  # Name of the layer, e.g. 'fc'
+    "The name of the layer that gives the logits; with `classes`, no other layer may have as many outputs"
+    layers = {name: m.out_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = layers or {name: m.out_channels for name, m in model.named_modules()
+                        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)}
+    found = [name for name, n in layers.items() if classes in (None, n)]
+    kind = f'a {type(model).__name__}'
+    if not layers: raise ValueError(f'model, {kind}, has no linear layer and no 1x1 convolution as its head.')
+    if not found or classes and found[1:]:
+        raise ValueError(f'model, {kind}, must have one linear layer with {classes} outputs as its head, '
+                         f'but has {len(found)}.')
+    return found[-1]
+
 # %% ../nbs/03_models.ipynb #d577d245
+def stem_name(
+    model:nn.Module, # Network of convolutions
+) -> str:            # Name of the layer, e.g. 'conv1'
+    "The name of the first convolution"
+    return next(name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+
 def adapt_weights(
-    model:nn.Module, # Network with stem `conv1` and head `fc`
-    tensors:dict,    # Weights of the same network, perhaps for other classes or for colour images
-) -> dict:           # Weights for `model`
+    model:nn.Module, # Network that is to take the weights
+    tensors:dict,    # Weights of the same architecture, perhaps for other classes or for colour images
+) -> tuple:          # Weights for `model`, and in words what they have of their own
     "Keep the model's own head where the other one is for other classes; sum the stem's colours for grey"
-    own, tensors = model.state_dict(), dict(tensors)
-    head, stem = tensors.get('fc.weight'), tensors.get('conv1.weight')
-    if head is not None and len(head) != len(own['fc.weight']):
-        tensors |= {k: v for k, v in own.items() if k.startswith('fc.')}
-    if stem is not None and own['conv1.weight'].shape[1] == 1 and stem.ndim == 4:
-        tensors['conv1.weight'] = stem.sum(1, keepdim=True)
-    return tensors
+    own, tensors, changed = model.state_dict(), dict(tensors), []
+    head, stem = head_name(model), stem_name(model)
+    if (key := f'{head}.weight') in tensors and len(tensors[key]) != len(own[key]):
+        tensors |= {k: t for k, t in own.items() if k.startswith(f'{head}.')}
+        changed.append(f'the head ({head}) is new')
+    if (key := f'{stem}.weight') in tensors and (own[key].shape[1], tensors[key].shape[1]) == (1, 3):
+        tensors[key] = tensors[key].sum(1, keepdim=True)
+        changed.append(f'the stem ({stem}) sums its three colours')
+    return tensors, changed
 
 # %% ../nbs/03_models.ipynb #52fbfb44
 def check_weights(
@@ -223,6 +256,23 @@ def check_weights(
     more = f'; and {len(wrong) - 3} more' if wrong[3:] else ''
     if wrong: raise ValueError(f"{source} does not hold weights of this model: {'; '.join(wrong[:3])}{more}.")
 
+# %% ../nbs/03_models.ipynb #00e7cb8c
+def _put(model, tensors, source):
+    check_weights(model, tensors, source)
+    state = model.state_dict()
+    state.update(tensors)
+    model.load_state_dict(state)
+
+def transfer_weights(
+    model:nn.Module, # Network that takes the weights; it stays as it is if they do not fit
+    tensors:dict,    # Weights of the same architecture, perhaps for other classes or for colour images
+    source:str,      # Where they come from, for the message
+) -> list:           # In words what the model has of its own: 'the head (fc) is new', ...
+    "Load weights that were made for other classes, or for colour images where these are grey"
+    tensors, changed = adapt_weights(model, tensors)
+    _put(model, tensors, source)
+    return changed
+
 # %% ../nbs/03_models.ipynb #538a5c78
 def torchvision_resnet(
     name:str,             # 'resnet18', 'resnet34' or 'resnet50'
@@ -238,9 +288,7 @@ def torchvision_resnet(
     model = set_stem(getattr(models, name)(num_classes=classes), channels, stem)
     if weights is None: return model
     tensors = read_weights(weights)[0] if Path(weights).suffix else imagenet_weights(name, weights)
-    tensors = adapt_weights(model, tensors)
-    check_weights(model, tensors, f"weights='{weights}'")
-    model.load_state_dict(tensors, strict=False)
+    transfer_weights(model, tensors, f"weights='{weights}'")
     return model
 
 # %% ../nbs/03_models.ipynb #da49d017
@@ -280,14 +328,16 @@ def write_atomic(
 
 # %% ../nbs/03_models.ipynb #8df431fa
 def fingerprint(
-    tensors:dict, # Tensors by name, e.g. `model.state_dict()`
-) -> str:         # 16 hexadecimal digits
-    "A short hash of names, types, shapes and values, the same on every device"
+    tensors:dict,       # Tensors by name, e.g. `model.state_dict()`
+    metadata:dict=None, # Facts that belong to them, as text by name
+) -> str:               # 16 hexadecimal digits
+    "A short hash of names, types, shapes and values, and of the facts, the same on every device"
     h = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         t = t.detach().cpu().contiguous()
         h.update(f'{name} {t.dtype} {tuple(t.shape)} '.encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy())
+    if metadata: h.update(json.dumps(metadata, sort_keys=True).encode())
     return h.hexdigest()[:16]
 
 # %% ../nbs/03_models.ipynb #6893cf65
@@ -295,10 +345,11 @@ def pack_weights(
     model:nn.Module, # Network to save
     **metadata,      # Facts to keep beside the weights; the values become text
 ) -> bytes:          # A safetensors file
-    "Weights and buffers of `model`, with their fingerprint, as the bytes of a file"
+    "Weights, buffers and facts, with a fingerprint of them all, as the bytes of a file"
     from safetensors.torch import save
     tensors = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in model.state_dict().items()}
-    return save(tensors, {k: str(v) for k, v in metadata.items()} | {'fingerprint': fingerprint(tensors)})
+    facts = {k: str(v) for k, v in metadata.items() if k != 'fingerprint'}
+    return save(tensors, facts | {'fingerprint': fingerprint(tensors, facts)})
 
 # %% ../nbs/03_models.ipynb #fa986ab8
 def save_weights(
@@ -310,14 +361,21 @@ def save_weights(
     if Path(path).suffix != '.safetensors': raise ValueError(f"path must end in .safetensors, but is '{path}'.")
     write_atomic(path, pack_weights(model, **metadata))
 
+# %% ../nbs/03_models.ipynb #d2263af8
+def _check_fingerprint(tensors, metadata):
+    for key, value in metadata.items():
+        named = key == 'fingerprint'
+        if not named and not re.fullmatch('[0-9a-f]{16}', value): continue
+        others = {k: v for k, v in metadata.items() if k != key}
+        if named != (fingerprint(tensors, others) == value):
+            raise ValueError('its values or its metadata are not those that were saved')
+
 # %% ../nbs/03_models.ipynb #dd1c8131
 def _read_safetensors(path):
     from safetensors import safe_open
     with safe_open(path, 'pt') as f:
         tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    found = fingerprint(tensors)
-    if metadata.get('fingerprint', found) != found:
-        raise ValueError('its values are not the ones that were saved')
+    _check_fingerprint(tensors, metadata)
     return tensors, metadata
 
 def _read_pickle(path):
@@ -348,8 +406,7 @@ def load_weights(
 ) -> nn.Module:      # The same network
     "Load the weights in `path` into `model`"
     tensors, _ = read_weights(path)
-    check_weights(model, tensors, f"'{path}'")
-    model.load_state_dict(tensors, strict=False)
+    _put(model, tensors, f"'{path}'")
     return model
 
 # %% ../nbs/03_models.ipynb #ce27b831
@@ -380,7 +437,8 @@ def _torchvision_model(name, classes, channels, size):
 
 # %% ../nbs/03_models.ipynb #520a8f1f
 def _set_channels(model, channels):
-    name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    name = stem_name(model)
+    old = model.get_submodule(name)
     parent, _, child = name.rpartition('.')
     new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding,
                     bias=old.bias is not None)

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from distill_nb import cli
-from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, make_teacher, run_command, table, text_table, verdicts
-from distill_nb.data import digits
-from distill_nb.models import build_model, load_weights, read_weights, save_weights
+from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, imagenet_normalisation, make_teacher, pretrained_model, run_command, table, text_table, verdicts
+from distill_nb.data import ImageData, digits
+from distill_nb.models import build_model, load_weights, read_weights, resnet18, save_weights
 from distill_nb.training import evaluate
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
@@ -321,6 +321,45 @@ def test_python_m_is_the_command():
 def test_presets_build():
     for name, (channels, size) in {'digits': (1, 8), 'mnist': (1, 28), 'cifar10': (3, 32), 'cifar100': (3, 32)}.items():
         for model in (PRESETS[name].teacher, PRESETS[name].student): build_model(model, 10, channels, size)
+
+
+def test_imagenet_weights_are_loaded_as_in_python(tmp_path, monkeypatch, capsys):
+    "Grey images sum the colours of the stem, and a stem that does not fit is refused, not left random."
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    (tmp_path/'checkpoints').mkdir()
+    old = build_model('resnet18', 1000, 3, 224).state_dict()
+    torch.save(old, tmp_path/'checkpoints'/'resnet18-f37072fd.pth')
+    for name in ('resnet18', 'torchvision:resnet18'):
+        torch.manual_seed(0)
+        grey = pretrained_model(name, 10, 1, 96).state_dict()
+        assert torch.equal(grey['conv1.weight'], old['conv1.weight'].sum(1, keepdim=True))
+        assert all(torch.equal(grey[k], t) for k, t in old.items() if k.split('.')[0] not in ('conv1', 'fc'))
+        assert f'ImageNet weights of {name}; the head (fc) is new; the stem (conv1) sums its three colours\n' in capsys.readouterr().out
+    ours = resnet18(classes=10, channels=1, weights='IMAGENET1K_V1').state_dict()
+    assert all(torch.equal(grey[k], ours[k]) for k in ours if not k.startswith('fc.'))
+    for shape in ((3, 32), (4, 96)):
+        with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be .* give that as size'): pretrained_model('resnet18', 10, *shape)
+
+
+def test_each_set_of_imagenet_weights_has_its_own_normalisation():
+    from torchvision.models import GoogLeNet
+    usual = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert imagenet_normalisation('resnet50', 3) == imagenet_normalisation('torchvision:vgg11', 3) == usual
+    assert imagenet_normalisation('torchvision:efficientnet_v2_l', 3) == ((0.5,) * 3, (0.5,) * 3)
+    assert imagenet_normalisation('resnet18', 1) == ((pytest.approx(0.449),), (pytest.approx(0.226),))
+    x = torch.rand(2, 3, 8, 8)
+    channels = lambda name: [torch.tensor(v).view(-1, 1, 1) for v in (usual if name == 'usual' else imagenet_normalisation(name, 3))]
+    (m, s), (mean, std) = channels('usual'), channels('torchvision:googlenet')
+    inside = GoogLeNet._transform_input(type('Net', (), {'transform_input': True}), (x - m) / s)  # what torchvision's network does first
+    assert torch.allclose((x - mean) / std, inside, atol=1e-6)
+
+
+def test_a_teacher_from_imagenet_weights_sees_images_as_these_want_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, 'imagenet_weights', lambda name, _: build_model('torchvision:squeezenet1_1', 1000, 3, 32).state_dict())
+    for channels, mean in ((1, 0.449), (3, 0.485)):
+        x = torch.randint(0, 256, (20, channels, 32, 32), dtype=torch.uint8)
+        _, trained, (found, _) = make_teacher('torchvision:squeezenet1_1', 'imagenet', ImageData(x, torch.arange(20) % 2, ['a', 'b']))
+        assert not trained and found[0] == pytest.approx(mean) and len(found) == channels
 
 
 def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):

@@ -240,7 +240,8 @@ def test_round_trip(tmp_path):
     assert M.load_weights(other, tmp_path/'new'/'w.safetensors') is other
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     tensors, metadata = M.read_weights(tmp_path/'new'/'w.safetensors')
-    assert metadata == {'seed': '4', 'data': 'cifar10', 'fingerprint': M.fingerprint(model.state_dict())}
+    facts = {'seed': '4', 'data': 'cifar10'}
+    assert metadata == facts | {'fingerprint': M.fingerprint(model.state_dict(), facts)}
     assert os.listdir(tmp_path/'new') == ['w.safetensors']
 
 
@@ -293,6 +294,39 @@ def test_damaged_files_are_refused(kind, tmp_path):
     assert path.name in str(e.value) and 'damaged' in str(e.value) and '\n' not in str(e.value)
     assert os.listdir(tmp_path) == [path.name], 'nothing in the file may run'
     assert same(bits(model), before) and path.read_bytes() == data, 'neither the model nor the file may change'
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    "Whatever a file with one wrong bit is taken for, it is not taken for other weights or other facts."
+    torch.manual_seed(0)
+    model, path = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), tmp_path/'w.safetensors'
+    M.save_weights(model, path, mean=[0.5, 0.25], std=(0.125,), data='a "b"\n', other='0123456789abcdef')
+    good, (tensors, metadata) = path.read_bytes(), M.read_weights(path)
+    for i in range(len(good)):
+        for bit in range(8):
+            path.write_bytes(good[:i] + bytes([good[i] ^ 1 << bit]) + good[i + 1:])
+            try: found = M.read_weights(path)
+            except ValueError as e: assert 'damaged' in str(e); continue
+            assert same(found[0], tensors) and found[1] == metadata, (i, bit)
+
+
+def test_a_file_whose_fingerprint_covers_no_metadata_is_refused_if_it_has_any(tmp_path):
+    "Files of the days before; those without metadata, like checkpoints, are the same as today's."
+    from safetensors.torch import save_file
+    tensors, path = M.digit_student().state_dict(), tmp_path/'w.safetensors'
+    save_file(tensors, path, {'fingerprint': M.fingerprint(tensors)})
+    assert same(M.read_weights(path)[0], dict(tensors))
+    save_file(tensors, path, {'fingerprint': M.fingerprint(tensors), 'mean': '[0.5]'})
+    with pytest.raises(ValueError, match='metadata'): M.read_weights(path)
+    save_file(tensors, path, {'format': 'pt', 'mean': '[0.5]', 'commit': '0123456789abcdef'})  # another program's
+    assert M.read_weights(path)[1]['mean'] == '[0.5]'
+
+
+def test_facts_that_were_read_can_be_saved_again(tmp_path):
+    M.save_weights(M.digit_student(), tmp_path/'a.safetensors', mean=[0.5])
+    facts = M.read_weights(tmp_path/'a.safetensors')[1]
+    M.save_weights(M.digit_student(), tmp_path/'b.safetensors', **facts)
+    assert M.read_weights(tmp_path/'b.safetensors')[1]['mean'] == '[0.5]'
 
 
 @pytest.mark.parametrize('other,parts', [
@@ -379,6 +413,77 @@ def test_weights_put_into_the_folder_are_used(hub):
     assert torch.equal(grey, old['conv1.weight'].sum(1, keepdim=True))
     for bad in (dict(stem='cifar'), dict(channels=2)):
         with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be'): M.resnet18(weights='IMAGENET1K_V1', **bad)
+
+
+FAMILIES = ('alexnet', 'convnext_tiny', 'densenet121', 'efficientnet_b0', 'googlenet', 'inception_v3', 'maxvit_t', 'mnasnet0_5', 'mobilenet_v2', 'mobilenet_v3_small',
+            'resnet18', 'resnext50_32x4d', 'shufflenet_v2_x0_5', 'squeezenet1_1', 'swin_t', 'swin_v2_t', 'vgg11_bn', 'vit_b_16')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_of_every_family_all_but_the_head_is_kept_and_grey_images_sum_the_colours(name):
+    "On the meta device: names and shapes alone decide."
+    size = 299 if name == 'inception_v3' else 224
+    with torch.device('meta'):
+        old, new, grey = (M._torchvision_model(name, *shape, size) for shape in ((1000, 3), (7, 3), (7, 1)))
+    for model, stem in ((new, 0), (grey, 1)):
+        tensors, changed = M.adapt_weights(model, was := old.state_dict())
+        M.check_weights(model, tensors, name)
+        head, first = M.head_name(model), M.stem_name(model)
+        own = {k.rpartition('.')[0] for k, t in tensors.items() if t is not was[k]}
+        assert own == ({head, first} if stem else {head})
+        assert changed == [f'the head ({head}) is new', f'the stem ({first}) sums its three colours'][:1 + stem]
+        assert M.head_name(model, 7) == head
+
+
+def older(name, tensors):
+    "The names that torchvision's files of ImageNet weights still have."
+    if name == 'vit': pairs = (('.mlp.0.', '.mlp.linear_1.'), ('.mlp.3.', '.mlp.linear_2.'))
+    else: pairs = tuple((f'{k}{i}.', f'{k}.{i}.') for k in ('norm', 'conv') for i in (1, 2))
+    def rename(k):
+        for a, b in pairs: k = k.replace(a, b) if name == 'vit' or 'denselayer' in k else k
+        return k
+    return {rename(k): t for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize('name,more', [('densenet', ()), ('vit', ()), ('googlenet', ('aux1.fc2.weight', 'aux2.conv.bn.bias')), ('inception', ('AuxLogits.fc.bias',))])
+def test_files_of_older_networks_fill_every_layer(name, more, hub, monkeypatch):
+    from torchvision import models
+    full, file = {'densenet': ('densenet121', 'densenet121-a639ec97.pth'), 'vit': ('vit_b_32', 'vit_b_32-d86f8d99.pth'),
+                  'googlenet': ('googlenet', 'googlenet-1378be20.pth'), 'inception': ('inception_v3', 'inception_v3_google-0cc3c7bd.pth')}[name]
+    small = {'densenet': lambda: models.DenseNet(4, (1, 1), 4, num_classes=5),
+             'vit': lambda: models.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=5)}.get(name, nn.Sequential)
+    old = small().state_dict() | {k: torch.ones(2) for k in more}
+    torch.save(older(name, old) if not more else old, hub/file)
+    if not more: assert set(older(name, old)) != set(old)
+    found = M.imagenet_weights(full, 'DEFAULT')
+    assert same(found, {k: t for k, t in old.items() if k not in more})
+
+
+def test_a_layer_that_does_not_fit_is_refused_and_the_model_stays(hub):
+    old = M.resnet18(classes=1000).state_dict()
+    for wrong in ({k: t for k, t in old.items() if k != 'layer3.0.conv1.weight'}, old | {'layer3.0.conv1.weight': torch.ones(2, 2)}, old | {'layer3.0.conv9.weight': torch.ones(2, 2)}):
+        model = M.resnet18(classes=10)
+        before = bits(model)
+        with pytest.raises(ValueError, match='layer3.0.conv'): M.transfer_weights(model, wrong, 'a file')
+        assert same(bits(model), before)
+    assert M.transfer_weights(model, old, 'a file') == ['the head (fc) is new']
+
+
+def test_networks_with_versions_of_their_own_load(tmp_path):
+    "MNASNet refuses weights that come without the version of their names."
+    torch.manual_seed(0)
+    old, new = (M.build_model('torchvision:mnasnet0_5', 3, size=32) for _ in range(2))
+    M.save_weights(old, tmp_path/'w.safetensors')
+    assert same(dict(M.load_weights(new, tmp_path/'w.safetensors').state_dict()), dict(old.state_dict()))
+
+
+def test_the_head_is_the_one_layer_with_as_many_outputs_as_classes():
+    two = nn.ModuleDict({'head': nn.Linear(8, 5), 'head_dist': nn.Linear(8, 5), 'last': nn.Linear(8, 3)})
+    assert M.head_name(two) == M.head_name(two, 3) == 'last' and M.head_name(nn.Linear(2, 3)) == ''
+    for n, said in ((5, 'but has 2'), (4, 'but has 0')):
+        with pytest.raises(ValueError, match=f'one linear layer with {n} outputs .*{said}'): M.head_name(two, n)
+    with pytest.raises(ValueError, match='no linear layer'): M.head_name(nn.Conv2d(3, 8, 3))
+    assert M.head_name(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1))) == '1'
 
 
 def test_damaged_weights_in_the_folder_are_refused(hub):
