@@ -256,6 +256,89 @@ def test_an_objective_without_a_check_of_its_own_is_checked_all_the_same():
     with pytest.raises(ValueError, match='other images'): fit(Plain(digit_student(), CachedTeacher(teacher, train)), valid, Recipe(steps=1, batch_size=10))
 
 
+# --- what an objective changes
+
+class Changing(Distill):
+    "Hands on what `change` makes of the batch."
+    change = staticmethod(lambda batch: batch)
+    def forward(self, batch): return super().forward(self.change(batch))
+
+
+def mixed(batch): return batch._replace(x=(batch.x + batch.x.roll(1, 0))/2)
+def smaller(batch): return batch._replace(x=batch.x[..., 1:-1, 1:-1])
+def swapped(batch): return batch._replace(index=batch.index.flip(0))
+def declared(batch): return mixed(batch)._replace(index=torch.full_like(batch.index, -1))
+
+
+def changing(teacher, change):
+    torch.manual_seed(0)
+    objective = Changing(digit_student(), teacher)
+    objective.change = change
+    return objective
+
+
+@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('change', [mixed, smaller, swapped])
+def test_an_objective_that_changes_the_images_is_refused_and_leaves_the_answers_alone(full, change, tmp_path):
+    teacher, train, valid = trained()
+    cached = CachedTeacher(teacher, train, tmp_path, views=1, dtype='float32')
+    if full: cached.fill(precision='float32')
+    for _ in range(2):  # every run, not only the first
+        with pytest.raises(ValueError, match='gives index -1'):
+            fit(changing(cached, change), cached.data, Recipe(steps=3, batch_size=64, precision='float32'), valid)
+    again = CachedTeacher(teacher, train, tmp_path, views=1, dtype='float32')
+    assert wrong(again, teacher, cached.data, 256) < 1e-4 and (again.asked == 0) == full
+
+
+def test_one_changed_row_among_many_is_counted():
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data)
+    batch = data.get(torch.arange(20))
+    batch.x[7] += 0.1
+    with pytest.raises(ValueError, match='in 1 of 20 rows'): cached(batch)
+    assert cached.asked == 0
+
+
+def test_a_change_is_found_later_as_well_wherever_the_teacher_is_asked():
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data)
+    for i in range(cache.LOOK + 2): cached(data.get(torch.arange(3*i, 3*i + 3)))
+    with pytest.raises(ValueError, match='gives index -1'): cached(mixed(data.get(torch.arange(40, 50))))
+
+
+def test_index_minus_one_asks_the_live_teacher_and_keeps_nothing(tmp_path):
+    teacher, train, valid = trained()
+    cached = CachedTeacher(teacher, train, tmp_path, views=1, dtype='float32')
+    recipe = Recipe(steps=12, batch_size=64, precision='float32')
+    for asked in (12*64, 24*64):
+        objectives = [changing(t, declared) for t in (cached, Frozen(teacher))]
+        for objective in objectives: fit(objective, cached.data, recipe, valid)
+        assert fingerprint(objectives[0].model.state_dict()) == fingerprint(objectives[1].model.state_dict()) and cached.asked == asked
+    assert not next(tmp_path.iterdir()).read_bytes()[HEAD:].strip(b'\0')
+
+
+def test_half_of_a_batch_may_be_mixed():
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, dtype='float32')
+    batch, some = data.get(torch.arange(20)), torch.arange(20) % 2 == 0
+    x = torch.where(some[:, None, None, None], mixed(batch).x, batch.x)
+    half = batch._replace(x=x, index=batch.index.where(~some, -1))
+    for _ in range(2): torch.testing.assert_close(cached(half), Frozen(teacher)(half), rtol=1e-4, atol=1e-5)
+    assert cached._tables[torch.float32].left == cached.rows - 10 and wrong(cached, teacher, data) < 1e-4
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('order', [torch.contiguous_format, torch.channels_last])
+def test_the_images_may_come_in_any_precision_and_order(dtype, order):
+    data, teacher = make_data(), make_teacher()
+    cached, batch = CachedTeacher(teacher, data, dtype='float32'), data.get(torch.arange(20))
+    teacher.to(dtype).to(memory_format=order)
+    batch = batch._replace(x=batch.x.to(dtype).to(memory_format=order))
+    said = Frozen(teacher)(batch).float()
+    for _ in range(2): assert torch.equal(cached(batch), said)
+    assert cached.asked == 20
+
+
 # --- training
 
 def test_the_fast_loop_takes_the_steps_of_the_naive_one():
@@ -345,7 +428,7 @@ def test_a_step_from_kept_answers_never_waits_for_the_gpu():
     cached = CachedTeacher(teacher, train, views=1).fill()
     run = _Run(Distill(digit_student(), cached), cached.data, Recipe(steps=90, batch_size=64), None, None, False, 'cuda', False, 1e9)
     steps = run.steps()
-    for _ in range(3): next(steps)
+    for _ in range(cache.LOOK + 3): next(steps)
     torch.cuda.set_sync_debug_mode('error')
     try:
         for _ in range(20): next(steps)

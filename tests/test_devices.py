@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distill_nb import data as data_module, models as models_module
-from distill_nb.cache import CachedTeacher
+from distill_nb.cache import LOOK, CachedTeacher
 from distill_nb.cli import distill_nb, distill_nb_data_free
 from distill_nb.data import ImageData, Splits, digits, few_labels
 from distill_nb.data_free import DATA_FREE, Pictures, distill_without_data
@@ -99,6 +99,21 @@ def test_fit_borrows(card, taught, student_on, teacher_on, data_on):
     assert device_of(student) == student_on and device_of(teacher) == teacher_on
     batch = train.get(torch.arange(4, device=data_on))
     assert cached(batch).device == data_on
+
+
+@pytest.mark.parametrize('data_on', [CPU, CARD])
+def test_kept_answers_are_compared_on_the_card_and_no_row_is_taken_for_another(card, taught, data_on):
+    train, teacher = taught[0].train.to(data_on), taught[1]
+    cached = CachedTeacher(teacher, train, views=1, dtype='float32').fill(precision='float32')
+    index = torch.arange(32, device=CARD)
+    batch = cached.data.to(CARD).get(index, cached.data.view_at(index, torch.zeros_like(index)))
+    cached.check(cached.data.to(CARD))
+    stranger = batch._replace(index=torch.full_like(batch.index, -1))
+    with pytest.raises(ValueError, match='gives index -1'): cached(batch._replace(x=batch.x.flip(0)))
+    for b in (stranger, *[batch]*LOOK, stranger): assert torch.allclose(cached(b), Frozen(teacher)(b), atol=1e-4)  # the first was seen
+    cached.check(cached.data.to(CARD))
+    for _ in range(LOOK): cached(batch)
+    assert cached(stranger).isnan().all() and cached(batch).isfinite().all()  # too late to be seen without waiting: loud
 
 
 def test_a_run_that_fails_gives_everything_back_too(card, taught):

@@ -6,11 +6,11 @@ import torch
 from scipy import stats
 from torch import nn
 
-from distill_nb.data import CropFlip, ImageData
-from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, tune
-from distill_nb.losses import UNLABELLED, DistillationLoss, reverse_kl_loss
-from distill_nb.models import fingerprint
-from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit
+from distill_nb.data import CropFlip, ImageData, digits
+from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, probability_kind, tune
+from distill_nb.losses import UNLABELLED, DistillationLoss, kd_loss, reverse_kl_loss
+from distill_nb.models import build_model, fingerprint
+from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')
 CLASSES = 3
@@ -71,6 +71,62 @@ def test_a_majority_class_is_no_knowledge():
     (0.90, 0.3, [0] * 300 + [1] * 100, False),
     (1.00, 0.1, [0] * 385 + [1] * 5, False), (1.00, 0.1, [0] * 12 + [1], False)])  # all right, though one class is rare
 def test_luck_and_knowledge_are_told_apart(accuracy, loss, labels, lucky): assert by_luck(accuracy, loss, torch.tensor(labels)) == lucky
+
+
+class Then(nn.Module):
+    "A model, and a function of its outputs."
+    def __init__(self, model, f):
+        super().__init__()
+        self.model, self.f = model, f
+    def forward(self, x): return self.f(self.model(x))
+
+
+@pytest.mark.parametrize('kind,f,remedy', [
+    ('softmax', lambda v: v.softmax(1), lambda p: p.clamp(min=1e-12).log()),
+    ('softmax', lambda v: (v/4).softmax(1), lambda p: p.clamp(min=1e-12).log()),
+    ('softmax', lambda v: v.softmax(1).bfloat16(), lambda p: p.float().clamp(min=1e-12).log()),
+    ('softmax', lambda v: v.softmax(1).half(), lambda p: p.float().clamp(min=1e-12).log()),
+    ('sigmoid', lambda v: v.sigmoid(), lambda p: torch.logit(p, eps=1e-6)),
+    ('sigmoid', lambda v: v.sigmoid().bfloat16(), lambda p: torch.logit(p.float(), eps=1e-6))])
+def test_the_exam_refuses_probabilities_and_its_remedy_passes(teacher, kind, f, remedy):
+    data, bad = images(seed=1), Then(teacher, f)
+    for model in (bad, Frozen(bad)):
+        with pytest.raises(ValueError, match=f'probabilities, as {kind} makes them.*last layer.*{"log" if kind == "softmax" else "logit"}'): check_teacher(model, data)
+    with pytest.raises(ValueError, match='probabilities'): fit(Distill(net(), bad), images(), RECIPE, data)
+    fit(Distill(net(), bad, examine=False), images(), RECIPE, data)
+    assert check_teacher(Then(bad, remedy), data) > 0.9
+
+
+def test_log_probabilities_are_logits(teacher):
+    data, z = images(seed=1), torch.randn(120, CLASSES)
+    logs = Then(teacher, lambda v: v.log_softmax(1))
+    check_teacher(logs, data)
+    for T in (1., 4., 20.): assert kd_loss(z, predict(logs, data), T).item() == pytest.approx(kd_loss(z, predict(teacher, data), T).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('C', [2, 3, 10])
+def test_logits_of_real_teachers_are_never_taken_for_probabilities(C):
+    train, valid, _ = digits()
+    some = lambda d: ImageData(d.x[d.y < C], d.y[d.y < C], d.classes[:C], d.mean, d.std)
+    train, valid = some(train), some(valid)
+    for seed in range(3):
+        for steps in (4, 16, 60):  # from hardly better than chance to good
+            torch.manual_seed(seed)
+            model = build_model('digit_student', C, 1, 8)
+            fit(Supervised(model), train, Recipe(steps=steps, batch_size=64, optimizer='adamw', lr=0.01, warmup=0., precision='float32', seed=seed), device='cpu', progress=False)
+            assert probability_kind(predict(model, valid.subset(range(64)))) is None
+            scaled = Then(model, lambda v: 1e-3*v)  # logits near 0
+            assert probability_kind(predict(scaled, valid.subset(range(64)))) is None
+
+
+@pytest.mark.parametrize('name', ['resnet8', 'resnet20', 'digit_teacher', 'digit_student'])
+def test_logits_of_networks_that_were_never_trained_are_never_taken_for_probabilities(name):
+    side, channels = (8, 1) if 'digit' in name else (32, 3)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, x = build_model(name, 10, channels, side).eval(), torch.randn(16, channels, side, side)
+        with torch.no_grad(): v = model(x)
+        for logits in (v, 1e-4*v, 100*v, v.bfloat16(), v.relu(), torch.zeros(16, 10), v.log_softmax(1)): assert probability_kind(logits) is None
 
 
 def test_the_exam_asks_only_about_labelled_images_and_changes_nothing(teacher):
