@@ -3,14 +3,15 @@ import math, subprocess, sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from distill_nb.data import CropFlip, ImageData
+from distill_nb.data import CropFlip, ImageData, digits
 from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, tune
 from distill_nb.losses import UNLABELLED, DistillationLoss, reverse_kl_loss
-from distill_nb.models import fingerprint
-from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit
+from distill_nb.models import digit_teacher, fingerprint
+from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')
 CLASSES = 3
@@ -60,17 +61,119 @@ def test_a_majority_class_is_no_knowledge():
     with pytest.raises(ValueError, match='75.0%'): check_teacher(Common(), data)
 
 
+def answers(accuracy, loss, labels):
+    "Logits that are right on the first images up to this accuracy, and whose cross-entropy is this; a wrong answer is the next class."
+    y = torch.tensor(labels)
+    right, own = torch.arange(len(y)) < round(accuracy * len(y)), min(0.5, loss / 2) if accuracy < 1 else loss
+    share, C = right.double().mean().item(), max(labels) + 1
+    losses = torch.where(right, own, (loss - share * own) / max(1 - share, 1e-9)).double()
+    p = ((1 - (-losses).exp()) / (C - 1 + 0.5))[:, None].repeat(1, C)
+    p[torch.arange(len(y)), (y + 1) % C] *= 1.5
+    p[torch.arange(len(y)), y] = (-losses).exp()
+    assert F.cross_entropy(p.log(), y).item() == pytest.approx(loss) and torch.equal(p.argmax(1) == y, right)
+    return p.log(), y
+
+
 @pytest.mark.parametrize('accuracy,loss,labels,lucky', [
     (0.33, 0.9, [0, 1, 2] * 40, True),      # a guesser
     (1.00, 0.1, [0, 1, 2], False),          # all right, of very few images
     (0.67, 0.9, [0, 1, 2], True),           # two of three is nothing
     (0.25, 2.35, list(range(10)) * 40, True),   # two or three classes of ten by luck: the loss is that of ignorance
     (0.25, 1.95, list(range(10)) * 40, False),  # weak, but it knows something
+    (0.10, 1.95, list(range(10)) * 40, True),   # the labels are likely, but no more of the answers are right
+    (0.38, 2.09, list(range(10)) * 40, True),   # the luckiest of many heads
     (0.60, 9.00, list(range(10)) * 40, False),  # good, and much too sure
     (0.75, 0.3, [0] * 300 + [1] * 100, True),   # always the common class
     (0.90, 0.3, [0] * 300 + [1] * 100, False),
     (1.00, 0.1, [0] * 385 + [1] * 5, False), (1.00, 0.1, [0] * 12 + [1], False)])  # all right, though one class is rare
-def test_luck_and_knowledge_are_told_apart(accuracy, loss, labels, lucky): assert by_luck(accuracy, loss, torch.tensor(labels)) == lucky
+def test_luck_and_knowledge_are_told_apart(accuracy, loss, labels, lucky): assert by_luck(*answers(accuracy, loss, labels)) == lucky
+
+
+class Answers(nn.Module):
+    "Gives the logits that belong to an image, which holds its own number."
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits.float())
+    def forward(self, x): return self.logits[(x[:, 0, 0, 0] + 256 * x[:, 0, 0, 1]).round().long()]
+
+
+def numbered(labels):
+    y, i = torch.tensor(labels), torch.arange(len(labels))
+    x = torch.stack([i % 256, i // 256], 1).view(-1, 1, 1, 2).expand(-1, 1, 2, 2)
+    return ImageData(x.to(torch.uint8), y, [str(c) for c in range(max(labels) + 1)], (0.,), (1 / 255,))
+
+
+RARE = [0] * 95 + [1] * 5
+
+
+@pytest.mark.parametrize('gap', [2., 5., 20., 100.])  # unsure, and much too sure of its mistake
+@pytest.mark.parametrize('labels', [RARE, [1 - y for y in RARE], [0] * 380 + [1] * 20])
+def test_a_teacher_that_finds_every_image_of_a_rare_class_passes(labels, gap):
+    y = torch.tensor(labels)
+    said = y.clone()
+    common = (y == y.mode().values).nonzero()[: len(y) // 100, 0]
+    said[common] = 1 - said[common]
+    assert check_teacher(Answers(gap * F.one_hot(said, 2)), numbered(labels)) == pytest.approx(0.99)
+
+
+def test_the_error_of_the_exam_states_what_was_reached_and_what_was_needed():
+    with pytest.raises(ValueError) as error: check_teacher(Answers(torch.tensor([[3., 0.]] * 100)), numbered(RARE))
+    for said in ('95.0% of 100', 'balanced accuracy of 50.0%', 'cross-entropy of 0.1986 nats', 'at most 0.1687', 'balanced one of at most 0.1733', 'one in a thousand shuffles'): assert said in str(error.value), said
+    assert 'accuracy above' not in str(error.value)  # with two classes no accuracy is enough
+    with pytest.raises(ValueError, match='a balanced accuracy above 50.0%, a cross-entropy of at most 1.957'): check_teacher(Answers(torch.zeros(100, 10)), numbered(list(range(10)) * 10))
+
+
+@pytest.mark.parametrize('labels', [[0, 1], [0, 1, 2] * 2, RARE[-10:], list(range(10)), [0] * 30 + [1]], ids=len)
+def test_of_few_images_a_perfect_score_is_enough_and_a_guess_is_not(labels):
+    y = torch.tensor(labels)
+    sure = 6. * F.one_hot(y, max(labels) + 1)
+    assert not by_luck(sure, y) and by_luck(sure[:1].expand_as(sure), y) and by_luck(torch.zeros_like(sure), y)
+    if len(labels) < 10: assert by_luck(torch.cat([sure[:1].flip(1), sure[1:]]), y)  # one mistake
+
+
+def test_a_guesser_that_knows_how_frequent_the_classes_are_does_not_pass():
+    g, y = torch.Generator().manual_seed(0), torch.tensor([0] * 190 + [1] * 10)
+    for _ in range(100):
+        said = (torch.rand(200, generator=g) < 0.05).long()
+        assert by_luck(3 * F.one_hot(said, 2), y)
+
+
+def clusters(labels, width=64, seed=0):
+    "Features that tell the classes apart, of a size for which the logits of a new head are as small as on those of a real teacher."
+    g, y = torch.Generator().manual_seed(seed), torch.tensor(labels)
+    centres = torch.randn(max(labels) + 1, width, generator=g)
+    return (centres[y] + 0.2 * torch.randn(len(y), width, generator=g)).relu(), y
+
+
+@pytest.mark.parametrize('labels', [list(range(10)) * 30, RARE, [1 - y for y in RARE], list(range(100)) * 3], ids=['ten', '95:5', '5:95', 'hundred'])
+def test_no_head_of_three_hundred_that_were_never_trained_passes(labels):
+    torch.manual_seed(0)
+    (x, y), found = clusters(labels), []
+    for _ in range(300):
+        with torch.no_grad(): found.append(nn.Linear(64, max(labels) + 1)(x))
+    assert all(by_luck(logits, y) for logits in found)
+    assert not by_luck(4. * F.one_hot(y, max(labels) + 1), y)
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_no_untrained_head_on_a_real_teacher_passes(seed):
+    train, valid, test = digits()
+    torch.manual_seed(seed)
+    model = digit_teacher()
+    fit(Supervised(model), train, Recipe(epochs=5, batch_size=64, lr=0.05, precision='float32'))
+    features, y = predict(nn.Sequential(*list(model.children())[:-1]), train), train.y
+    some = torch.cat([(y == 3).nonzero()[:95, 0], (y == 8).nonzero()[:5, 0]])
+    for x, labels, C in ((features[:400], y[:400], 10), (features[some], (y[some] == 8).long(), 2)):
+        with torch.no_grad(): assert all(by_luck(nn.Linear(128, C)(x), labels) for _ in range(300))
+    assert check_teacher(model, valid) > 0.9
+
+
+def test_an_exam_leaves_the_random_numbers_of_a_training_alone(teacher):
+    torch.manual_seed(0)
+    check_teacher(teacher, images(seed=1))
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(3))
 
 
 def test_the_exam_asks_only_about_labelled_images_and_changes_nothing(teacher):
