@@ -626,7 +626,7 @@ def run_job(
     settings = {}
     for setting in job.settings:
         settings[setting] = chosen, tries, comparison = run_setting(job, folder, setting)
-        means = ', '.join(f"{r['model']} {100 * r['accuracy']:.1f} %" for r in comparison.rows('valid_accuracy'))
+        means = ', '.join(f"{r['model']} {100 * r['valid_accuracy']:.1f} %" for r in comparison.rows('valid_accuracy'))
         tried = {t['method'] for t in tries}
         for t in tries:
             if t['valid_accuracy'] is None: say(f"{setting.replace('_', ' ')}, {t['method']}: {show_setting({k: v for k, v in t.items() if k not in ('method', 'valid_accuracy')})} diverged")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GRID', 'Exam', 'exam_marks', 'pass_marks', 'guesses', 'by_luck', 'check_teacher', 'Distill', 'interval', 'agreement',
-           'Comparison', 'compare', 'markdown_table', 'text_table', 'try_each', 'tune', 'Result', 'stored_result']
+           'Comparison', 'check_seeds', 'compare', 'markdown_table', 'text_table', 'try_each', 'tune', 'Result',
+           'stored_result']
 
 # %% ../nbs/05_logits.ipynb #043b45c6
-import json, math, warnings
+import json, math, warnings, weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .data import Batch, progress_bar
 from .losses import UNLABELLED, DistillationLoss, kd_loss
+from .models import fingerprint
 from .training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, calibration_error, check_classes, evaluate, fit,
                                  fit_device, placed, predict)
 
@@ -166,8 +168,33 @@ class Comparison:
         name:str, # A contender
         measure:str, # A key of the runs
     )->list:
-        "One value per seed."
-        return [r[measure] for r in self.runs if r['model'] == name]
+        "One value per seed, in the order of `seeds`, so that the values of two contenders are paired."
+        if name not in self.names:
+            raise ValueError(f"name must be one of {', '.join(self.names)}, but is {name!r}.")
+        own = [r for r in self.runs if r['model'] == name]
+        found = {r['seed']: r for r in own}
+        missing = [s for s in self.seeds if s not in found]
+        without = [s for s, r in found.items() if measure not in r]
+        if len(found) < len(own):
+            raise ValueError('runs must hold each seed of a contender once, '
+                             f'but {name!r} has the seeds {[r["seed"] for r in own]}.')
+        if missing:
+            raise ValueError('runs must hold the same seeds for every contender, '
+                             f'but {name!r} has none for {missing}.')
+        if without:
+            raise ValueError('measure must be one that every run has, '
+                             f'but {name!r} has no {measure!r} for the seeds {without}.')
+        return [found[s][measure] for s in self.seeds]
+
+    @property
+    def seeds(self):
+        "The seeds, in the order in which they ran."
+        return list(dict.fromkeys(r['seed'] for r in self.runs))
+
+    @property
+    def measure(self):
+        "What the contenders are compared by: the test accuracy where it was measured."
+        return 'accuracy' if 'accuracy' in self.runs[0] else 'valid_accuracy'
 
     @property
     def names(self):
@@ -197,6 +224,41 @@ def keep(self:Comparison,
     self.histories.setdefault(name, history)
     if name not in self.students or accuracy > self.students[name][0]: self.students[name] = (accuracy, student)
 
+# %% ../nbs/05_logits.ipynb #a624b04a
+def check_seeds(
+    seeds, # Number of seeds, or the seeds themselves
+)->list: # The seeds
+    "The seeds of a comparison, each of them once."
+    found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not found:
+        raise ValueError(f'seeds must be a whole number of at least 1, or some seeds, but are {seeds!r}.')
+    twice = [s for i, s in enumerate(found) if s in found[:i]]
+    if twice:
+        raise ValueError('seeds must be different, for a run that is counted twice is no second run, '
+                         f'but {twice[0]} occurs again in {found}.')
+    return found
+
+class _Fresh:
+    "Refuses students that are not new, or start otherwise than the seed says."
+    def __init__(self): self.seen, self.starts = weakref.WeakValueDictionary(), {}
+
+    def check(self, student, seed):
+        places = lambda tensors: {t.untyped_storage().data_ptr() for t in tensors} - {0}
+        own = [*student.parameters(), *student.buffers()]
+        if places(own) & places(self.seen.values()):
+            raise ValueError('make_student must make a new network each time, but gave one that shares '
+                             'parameters or buffers with an earlier one and would go on with its training. '
+                             'Build the network inside make_student, or return a copy.deepcopy.')
+        self.seen.update({id(t): t for t in own})
+        start, known = fingerprint(student.state_dict()), len(self.starts)
+        if self.starts.setdefault(seed, start) != start:
+            raise ValueError('make_student must give the same initial weights for the same seed, '
+                             f'but for seed {seed} gave different ones to two contenders. '
+                             'Use random numbers of torch only, and no network that something trains.')
+        if len(self.starts) == 2 > known and len(set(self.starts.values())) == 1:
+            warnings.warn('make_student gives the same initial weights for every seed, so the intervals '
+                          'hold nothing of what initial weights do.', stacklevel=3)
+
 # %% ../nbs/05_logits.ipynb #435a7d24
 def compare(
     make_student, # Called without arguments; makes a new student (the seed is set before)
@@ -220,12 +282,12 @@ def compare(
     sizes = [len(c[1]) for c in contenders.values() if not callable(c)]
     if not sizes and recipe.steps is None: raise ValueError('recipe must give its steps where the contenders bring their own data, but steps is None.')
     recipe = replace(recipe, steps=recipe.steps or max(map(recipe.total_steps, sizes)))
-    result = Comparison([], next(iter(contenders)))
-    todo = [(seed, name) for seed in (range(seeds) if isinstance(seeds, int) else seeds) for name in contenders]
-    if not todo: raise ValueError(f'seeds must be a whole number of at least 1, or some seeds, but are {seeds!r}.')
+    result, fresh = Comparison([], next(iter(contenders))), _Fresh()
+    todo = [(seed, name) for seed in check_seeds(seeds) for name in contenders]
     for seed, name in progress_bar(todo, desc='compare', unit='run', disable=not progress):
         torch.manual_seed(seed)
         student, c = make_student(), contenders[name]
+        fresh.check(student, seed)
         try:
             objective, data, *own = c(student) if callable(c) else (c[0](student), c[1])
             history = fit(objective, data, replace(own[0] if own else recipe, seed=seed), valid, folder and Path(folder)/f'{name}-{seed}', True, device, progress, compile=compile)
@@ -238,14 +300,14 @@ def compare(
 # %% ../nbs/05_logits.ipynb #83400f1e
 @patch
 def rows(self:Comparison,
-    measure:str|None=None, # 'accuracy' (test) or 'valid_accuracy'; None: test where it was measured
-)->list: # A dict per contender
-    "Mean over the seeds with the half-width of its 95 % interval, and the paired difference to the baseline."
-    measure, out = measure or ('accuracy' if 'accuracy' in self.runs[0] else 'valid_accuracy'), []
+    measure:str|None=None, # A key of the runs: 'accuracy' (test), 'valid_accuracy'; None: the first there is
+)->list: # A dict per contender: 'model', the measure by its name, 'ci95', 'difference' and its interval
+    "Mean over the seeds with the half-width of its 95 % interval, and the difference to the baseline, paired by seed."
+    measure, out = measure or self.measure, []
     base = self.values(self.baseline, measure)
     for name in self.names:
         own = self.values(name, measure)
-        row = dict(zip(('model', 'accuracy', 'ci95'), (name, *interval(own))))
+        row = dict(zip(('model', measure, 'ci95'), (name, *interval(own))))
         if name != self.baseline:
             d, half = interval(a - b for a, b in zip(own, base))
             row |= {'difference': d, 'difference_ci95': None if half is None else [d - half, d + half]}
@@ -287,12 +349,12 @@ def plot(self:Comparison,
     ax=None, # Two matplotlib axes; None makes a figure
     measure:str|None=None, # As in `rows`
 ): # The matplotlib figure
-    "Every seed's accuracy, joined between contenders, and the paired differences with their intervals."
+    "The measure of every seed, joined between contenders, and the paired differences with their intervals."
     import matplotlib.pyplot as plt
-    measure = measure or ('accuracy' if 'accuracy' in self.runs[0] else 'valid_accuracy')
+    measure = measure or self.measure
     left, right = ax if ax is not None else plt.subplots(1, 2, figsize=(8, 2.8))[1]
     for seed_values in zip(*(self.values(n, measure) for n in self.names)): left.plot(self.names, seed_values, marker='o', color='C0', alpha=0.5, lw=0.8)
-    left.set_ylabel('accuracy' if measure == 'accuracy' else 'validation accuracy')
+    left.set_ylabel('validation accuracy' if measure == 'valid_accuracy' else measure)
     others = [r for r in self.rows(measure) if 'difference' in r]
     right.axhline(0, color='grey', lw=0.8)
     for i, r in enumerate(others):
@@ -341,7 +403,7 @@ def tune(
     made = {f'T={T} alpha={a}': (lambda s, T=T, a=a: Distill(s, teacher, T, a), data) for T, a in grid}
     if len(made) < len(grid): raise ValueError(f'grid must hold different pairs, but is {grid!r}.')
     found = try_each('distillation', make_student, made, recipe, valid, **kwargs)
-    rows = [{'temperature': T, 'alpha': a, 'valid_accuracy': r and r['accuracy'], 'ci95': r and r['ci95']} for (T, a), r in zip(grid, found)]
+    rows = [{'temperature': T, 'alpha': a, 'valid_accuracy': r and r['valid_accuracy'], 'ci95': r and r['ci95']} for (T, a), r in zip(grid, found)]
     best = max((r for r in rows if r['valid_accuracy'] is not None), key=lambda r: r['valid_accuracy'])
     return (best['temperature'], best['alpha']), rows
 

@@ -1,5 +1,5 @@
 """Distill, the teacher's exam, and comparisons that can be trusted."""
-import math, subprocess, sys
+import copy, math, subprocess, sys, warnings
 
 import pytest
 import torch
@@ -274,6 +274,74 @@ def test_rows_pair_by_seed():
     alone, distilled = Comparison(runs, 'alone').rows()
     assert 'difference' not in alone and alone['ci95'] > 0.5
     assert distilled['difference'] == pytest.approx(0.1) and distilled['difference_ci95'] == pytest.approx([0.1, 0.1])
+
+
+def runs_of(**values): return [{'model': m, 'seed': s, 'valid_accuracy': v} for m, found in values.items() for s, v in found.items()]
+
+
+def test_runs_are_paired_by_their_seeds_in_whatever_order_they_stand():
+    found = Comparison(runs_of(a={0: 0.1, 1: 0.5, 2: 0.9}, b={2: 1.0, 0: 0.2, 1: 0.6}), 'a')
+    assert found.values('b', 'valid_accuracy') == [0.2, 0.6, 1.0] and found.seeds == [0, 1, 2]
+    assert found.rows()[1]['difference_ci95'] == pytest.approx([0.1, 0.1])
+    lines = [line.get_ydata().tolist() for line in found.plot().axes[0].lines]
+    assert lines == [[0.1, 0.2], [0.5, 0.6], [0.9, 1.0]]
+
+
+@pytest.mark.parametrize('runs,baseline,said', [
+    (runs_of(a={0: 0.1, 1: 0.5}, b={0: 0.2}), 'a', r"'b' has none for \[1\]"),
+    (runs_of(a={0: 0.1}, b={0: 0.2, 7: 0.3}), 'a', r"'a' has none for \[7\]"),
+    (runs_of(a={0: 0.1}, b={0: 0.2}) + runs_of(b={0: 0.2}), 'a', r"each seed of a contender once, but 'b' has the seeds \[0, 0\]"),
+    (runs_of(a={0: 0.1}), 'c', "name must be one of a, but is 'c'"),
+    (runs_of(a={0: 0.1, 1: 0.1}) + [{'model': 'b', 'seed': 0, 'valid_accuracy': 0.1}, {'model': 'b', 'seed': 1}], 'a', r"'b' has no 'valid_accuracy' for the seeds \[1\]")])
+def test_runs_that_can_not_be_paired_are_refused(runs, baseline, said):
+    for summary in (Comparison.rows, Comparison.plot):
+        with pytest.raises(ValueError, match=said): summary(Comparison(runs, baseline))
+
+
+def test_a_column_has_the_name_of_its_measure():
+    runs = [r | {'accuracy': r['valid_accuracy'] + 0.05, 'deepest': 0.7} for r in runs_of(a={0: 0.1, 1: 0.3})]
+    found = Comparison(runs, 'a')
+    for measure, mean in (('valid_accuracy', 0.2), ('accuracy', 0.25), ('deepest', 0.7)):
+        row, = found.rows(measure)
+        assert row[measure] == pytest.approx(mean) and set(row) == {'model', measure, 'ci95'}
+    assert 'accuracy' in found.rows()[0] and 'accuracy' not in Comparison(runs_of(a={0: 0.1}), 'a').rows()[0]
+    assert found.plot(measure='deepest').axes[0].get_ylabel() == 'deepest'
+    with pytest.raises(ValueError, match="'a' has no 'top5'"): found.rows('top5')
+
+
+def test_a_seed_that_occurs_twice_is_refused_before_anything_is_trained():
+    def never(): raise AssertionError('a student was made')
+    for seeds, said in (([0, 0], '0 occurs again'), ([3, 1, 2, 1], '1 occurs again'), ([], 'at least 1'), ((5, 5), '5 occurs again')):
+        with pytest.raises(ValueError, match=f'seeds must be .*{said}'): compare(never, {'a': (Supervised, images())}, RECIPE, images(seed=1), seeds=seeds)
+
+
+def test_a_factory_that_does_not_make_new_students_is_refused():
+    def compared(make, seeds=2): return compare(make, {'a': (Supervised, images()), 'b': (Supervised, images())}, RECIPE, images(seed=1), seeds=seeds, progress=False)
+    one, body, norm = net(), nn.Linear(16, 8), nn.BatchNorm1d(8)
+    two = [net(), net()]
+    def alternating(): return two[0] if two.reverse() else two[1]
+    def shared_body(): return nn.Sequential(nn.Flatten(), body, nn.Linear(8, 3))
+    def same_memory():
+        model = net()
+        model[1].weight.data = one[1].weight.data
+        return model
+    def shared_buffers():
+        model = net()
+        model[2].running_mean = norm.running_mean
+        return model
+    for make in (lambda: one, shared_body, same_memory, shared_buffers):
+        with pytest.raises(ValueError, match='make_student must make a new network each time'): compared(make)
+    with pytest.raises(ValueError, match='make_student must'): compared(alternating)
+    trained = []
+    def copies_of_the_last():
+        trained.append(copy.deepcopy(trained[-1]) if trained else net())
+        return trained[-1]
+    with pytest.raises(ValueError, match='same initial weights for the same seed, but for seed 0'): compared(copies_of_the_last)
+    with pytest.warns(UserWarning, match='the same initial weights for every seed'): compared(lambda: copy.deepcopy(one))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        compared(net)
+        compared(lambda: copy.deepcopy(one), seeds=1)
 
 
 def contenders(teacher, alone, transfer): return {'alone': (Supervised, alone), 'distilled': (lambda s: Distill(s, teacher), transfer)}
