@@ -8,7 +8,7 @@ from scipy import stats
 from torch import nn
 
 from distill_nb.data import CropFlip, ImageData, digits
-from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, tune
+from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, share_interval, tune
 from distill_nb.losses import UNLABELLED, DistillationLoss, reverse_kl_loss
 from distill_nb.models import digit_teacher, fingerprint
 from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
@@ -259,9 +259,9 @@ def test_a_checkpoint_knows_temperature_alpha_and_divergence(teacher, tmp_path):
 
 @pytest.mark.parametrize('values', [[1., 2., 3.], [0.9, 0.91, 0.87, 0.93, 0.9]])
 def test_the_interval_is_students(values):
-    mean, half = interval(values)
+    mean, ends = interval(values)
     low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert ends == pytest.approx([low, high]) and mean == pytest.approx(sum(values) / len(values))
     assert interval([0.5]) == (0.5, None)
 
 
@@ -269,10 +269,25 @@ def test_agreement_counts_equal_choices():
     assert agreement(torch.tensor([[1., 0], [0, 1], [1, 0], [0, 1]]), torch.tensor([[2., 0], [3, 1], [9, 0], [1, 0]])) == 0.5
 
 
+@pytest.mark.parametrize('right,n', [(0, 1), (1, 1), (0, 359), (359, 359), (357, 359), (4235, 5000), (1, 3)])
+def test_the_interval_of_a_share_is_wilsons(right, n):
+    p, z = right / n, stats.norm.ppf(0.975)
+    centre, half = (p + z**2 / 2 / n) / (1 + z**2 / n), z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
+    assert share_interval(right, n) == pytest.approx([centre - half, centre + half], abs=1e-12)
+    assert 0 <= share_interval(right, n)[0] <= p <= share_interval(right, n)[1] <= 1
+
+
+@pytest.mark.parametrize('p', [0.5, 0.9, 0.95, 0.98, 0.99, 0.998])
+def test_the_interval_of_a_share_holds_it_nearly_as_often_as_it_says(p):
+    held = sum(stats.binom.pmf(k, 359, p) for k in range(360) if share_interval(k, 359)[0] <= p <= share_interval(k, 359)[1])
+    assert 0.92 < held < 0.99
+
+
 def test_rows_pair_by_seed():
     runs = [{'model': m, 'seed': s, 'valid_accuracy': v, 'seconds': 1.} for s, (a, b) in enumerate([(0.1, 0.2), (0.5, 0.6), (0.9, 1.0)]) for m, v in (('alone', a), ('distilled', b))]
     alone, distilled = Comparison(runs, 'alone').rows()
-    assert 'difference' not in alone and alone['ci95'] > 0.5
+    low, high = alone['ci95']
+    assert 'difference' not in alone and high - low > 1 and alone['valid_accuracy'] == pytest.approx(0.5) == (low + high) / 2
     assert distilled['difference'] == pytest.approx(0.1) and distilled['difference_ci95'] == pytest.approx([0.1, 0.1])
 
 
@@ -368,6 +383,7 @@ def test_contenders_start_alike_take_the_same_steps_and_read_the_test_split_once
     assert Once.reads == 3 * 2 + 1  # each trained student once, and the teacher
     rows = found.rows()
     assert {'accuracy', 'ci95', 'agreement', 'ece', 'seconds'} <= set(rows[0]) and found.plot() is not None
+    assert all({'seed', 'valid_accuracy', 'accuracy', 'agreement', 'ece', 'seconds'} <= set(r) for r in found.runs)
 
 
 def test_an_interrupted_comparison_continues(teacher, tmp_path):
