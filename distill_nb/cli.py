@@ -27,7 +27,7 @@ from .bench import distill_nb_bench
 from .cache import CachedTeacher
 from .data import few_labels, load_data, show_images
 from .data_free import DATA_FREE, WAYS, Pictures, bn_layers, distill_without_data
-from .logits import Result, agreement, check_teacher, compare, text_table
+from .logits import Result, agreement, check_teacher, compare, share_interval, text_table
 from .losses import DistillationLoss
 from .methods import METHODS, Task, choose, contender, rehearse
 from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, transfer_weights, write_atomic
@@ -358,8 +358,6 @@ def run_setting(
     return chosen, tries, compare(job.student, contenders, task.recipe, job.data.valid, job.data.test, job.teacher, job.options['seeds'], work, **kw)
 
 # %% ../nbs/cli.ipynb #32e56e95
-def _binomial(p, n): return 1.96 * (p * (1 - p) / n) ** 0.5
-
 def result_rows(
     job:Job, # What was run
     settings:dict, # {setting: (chosen, tries, comparison)}
@@ -371,29 +369,30 @@ def result_rows(
     e, rows = evaluate(job.teacher, job.data.test.to(job.device)), []
     epochs = job.learning.total_steps(len(job.data.train)) * job.learning.batch_size / len(job.data.train)
     for setting, (chosen, _, comparison) in settings.items():
-        rows.append({'setting': setting, 'model': 'teacher', 'accuracy': e.accuracy, 'ci95': _binomial(e.accuracy, n), 'interval_over': 'test images',
+        rows.append({'setting': setting, 'model': 'teacher', 'accuracy': e.accuracy, 'ci95': share_interval(round(e.accuracy * n), n), 'interval_over': 'test images',
                      'agreement': 1., 'ece': e.ece, 'seconds': teacher_seconds, **cost['teacher']})
         for r in comparison.rows():
             over = 'test images' if r['ci95'] is None else 'seeds'
-            if r['ci95'] is None: r['ci95'] = _binomial(r['accuracy'], n)
+            if r['ci95'] is None: r['ci95'] = share_interval(round(r['accuracy'] * n), n)
             rows.append({'setting': setting, **r, 'interval_over': over, 'accuracies': comparison.values(r['model'], 'accuracy'), 'run_seconds': comparison.values(r['model'], 'seconds'), **cost['student'], 'seconds_per_epoch': r['seconds'] / epochs}
                         | ({'chosen': chosen[r['model']]} if r['model'] in chosen else {}) | ({'answers': job.answers[r['model']]} if r['model'] in job.answers else {}))
     return rows
 
 # %% ../nbs/cli.ipynb #b10defda
-def _pm(v, ci): return f'{100 * v:.2f} ± {100 * ci:.2f}'
+def _with_ends(value, ends, sign=''):
+    "A fraction in percent, with the ends of its interval."
+    shown = [f'{100 * v:{sign}.2f}' for v in (value, *(ends or ()))]
+    return shown[0] + (f' [{shown[1]}, {shown[2]}]' if ends else '')
 
 def _gain(row):
-    if 'difference' not in row: return ''
-    ci = row['difference_ci95']
-    return f"{100 * row['difference']:+.2f}" + (f' [{100 * ci[0]:+.2f}, {100 * ci[1]:+.2f}]' if ci else '')
+    return _with_ends(row['difference'], row['difference_ci95'], '+') if 'difference' in row else ''
 
 def _size(n): return f'{n / 1e6:.1f} MB' if n >= 1e5 else f'{n / 1e3:.1f} kB'
 
 COLUMNS = {
     'setting': lambda r: r['setting'].replace('_', ' '), 'model': lambda r: r['model'], 'parameters': lambda r: f"{r['parameters']:,}",
     'MACs': lambda r: f"{r['macs']:,}", 'size': lambda r: _size(r['bytes']), 'latency ms': lambda r: f"{r['latency_ms']:.2f}",
-    'accuracy %': lambda r: _pm(r['accuracy'], r['ci95']), 'gain [95 %]': _gain, 'agreement %': lambda r: f"{100 * r['agreement']:.1f}",
+    'accuracy % [95 %]': lambda r: _with_ends(r['accuracy'], r['ci95']), 'gain [95 %]': _gain, 'agreement %': lambda r: f"{100 * r['agreement']:.1f}",
     'ECE %': lambda r: f"{100 * r['ece']:.1f}"}
 
 def table(rows:list)->list: # Lists of strings, the first of them the head
@@ -452,12 +451,13 @@ def draw_comparison(
     settings:dict, # {setting: (chosen, tries, comparison)}
     rows:list, # As `result_rows` gives them
 ):
-    "Accuracy of every seed, with the teacher's as a line, and the paired difference with its interval."
+    "Accuracy of every seed, with the teacher's as a line, and the paired difference; intervals for both."
     fig, axes = _figure(len(settings), 2.6 + 0.1*max(len(c.names) for _, _, c in settings.values()))
     for (setting, (_, _, comparison)), ax in zip(settings.items(), axes):
         comparison.plot(ax)
         teacher = next(r for r in rows if r['setting'] == setting and r['model'] == 'teacher')
         ax[0].axhline(teacher['accuracy'], color='C3', lw=1, ls='--', label='teacher')
+        ax[0].axhspan(*teacher['ci95'], color='C3', alpha=0.12, lw=0)
         ax[0].set(title=setting.replace('_', ' '), ylabel='test accuracy')
         ax[0].legend()
     return fig
@@ -529,7 +529,7 @@ def make_report(
     setting = f'With few labels, {few} training images have a label; the student alone sees those, the distilled one sees all images and the teacher answers for the rest. ' if few else ''
     return f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Distillation: {e(result['name'])}</title>
 <style>{_STYLE}</style><h1>Distillation: {e(result['name'])}</h1><p>{e(result['data'])}.</p><ul>{said}</ul><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
-<p><small>Accuracy on the test split, read once; ± is the half-width of the 95 % interval over {result['seeds']} seeds (for a single model: over the test images). Gain: accuracy of the distilled student
+<p><small>Accuracy on the test split, read once, with its 95 % interval in brackets: Student's over {result['seeds']} seeds (for a single model: Wilson's over the test images). Gain: accuracy of the distilled student
 minus that of the same student trained alone, paired by seed, same initial weights, steps and schedule, in percentage points. {e(setting)}{choice}
 MACs, size and latency for one image. ECE: expected calibration error.</small></p>
 {images}<h2>How to repeat it</h2><pre>{e(result['command'])}</pre><p><small>{e(result['hardware'])}; {e(result['software'])}; {result['date']}; {result['seconds']:.0f} s{' since it was resumed' if result['resumed'] else ''}.</small></p>
@@ -643,7 +643,7 @@ def run_job(
     settings = {}
     for setting in job.settings:
         settings[setting] = chosen, tries, comparison = run_setting(job, folder, setting)
-        means = ', '.join(f"{r['model']} {100 * r['accuracy']:.1f} %" for r in comparison.rows('valid_accuracy'))
+        means = ', '.join(f"{r['model']} {100 * r['valid_accuracy']:.1f} %" for r in comparison.rows('valid_accuracy'))
         tried = {t['method'] for t in tries}
         for t in tries:
             if t['valid_accuracy'] is None: say(f"{setting.replace('_', ' ')}, {t['method']}: {show_setting({k: v for k, v in t.items() if k not in ('method', 'valid_accuracy')})} diverged")
@@ -721,7 +721,7 @@ def data_free_rows(
         row = {'setting': 'data_free', 'model': name, 'agreement_generated': same['generated'], **profile_model(model, (job.shape[1], job.shape[2], job.shape[2]))._asdict()}
         if job.data:
             e = evaluate(model, asked['test'])
-            row |= {'accuracy': e.accuracy, 'ci95': _binomial(e.accuracy, len(job.data.test)), 'interval_over': 'test images', 'ece': e.ece, 'agreement': same['test']}
+            row |= {'accuracy': e.accuracy, 'ci95': share_interval(round(e.accuracy * len(job.data.test)), len(job.data.test)), 'interval_over': 'test images', 'ece': e.ece, 'agreement': same['test']}
         rows.append(row)
     h = made.history
     rows[1] |= {'way': job.options['way'], 'images': len(made.images), 'steps': h.last['step'], 'seconds': h.seconds, 'curve': [{k: r[k] for k in ('step', 'seconds', 'accuracy')} for r in h.rows if 'accuracy' in r]}
@@ -829,7 +829,7 @@ def run_command(
     def warn(message, *_, **__):  # in a line of its own, also while a bar is shown
         tqdm.write(f'{parser.prog}: {message}', file=sys.stderr)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
-    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace')  # a terminal without ± is no reason to fail
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace')  # a terminal without some sign is no reason to fail
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warn

@@ -142,6 +142,6 @@ def choose(
     made = {' '.join(f'{k}={v}' for k, v in s.items()): contender(name, task, **s) for s in settings}
     for s in settings: rehearse(name, task, **s)
     if len(settings) == 1: return settings[0], []
-    found = [row and row['accuracy'] for row in try_each(name, task.make_student, made, task.recipe, valid, seeds=[1000], folder=folder, **kwargs)]
+    found = [row and row['valid_accuracy'] for row in try_each(name, task.make_student, made, task.recipe, valid, seeds=[1000], folder=folder, **kwargs)]
     tries = [{'method': name, **s, 'valid_accuracy': accuracy} for s, accuracy in zip(settings, found)]
     return settings[max(range(len(found)), key=lambda i: -1. if found[i] is None else found[i])], tries

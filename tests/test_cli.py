@@ -9,6 +9,7 @@ from PIL import Image
 from distill_nb import cli
 from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, imagenet_normalisation, make_teacher, pretrained_model, run_command, table, text_table, verdicts
 from distill_nb.data import ImageData, digits
+from distill_nb.logits import interval, share_interval, stored_result
 from distill_nb.models import build_model, load_weights, read_weights, resnet18, save_weights
 from distill_nb.training import evaluate
 
@@ -45,7 +46,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
     rows = {(r['setting'], r['model']): r for r in result['rows']}
     assert set(rows) == {(s, m) for s in ('all_labels', 'few_labels') for m in ('teacher', 'alone', 'distilled')}
     for (_, model), r in rows.items():
-        assert COLUMNS <= set(r) and 0 <= r['accuracy'] <= 1 and 0 <= r['ci95'] and r['latency_ms'] > 0
+        assert COLUMNS <= set(r) and 0 <= r['accuracy'] <= 1 and r['ci95'][0] <= r['accuracy'] <= r['ci95'][1] and r['latency_ms'] > 0
         assert ('difference' in r) == (model == 'distilled')
         if model == 'distilled':
             low, high = r['difference_ci95']
@@ -53,6 +54,45 @@ def test_a_run_leaves_all_that_it_promises(finished):
     assert rows['all_labels', 'alone']['parameters'] == 678 and rows['all_labels', 'teacher']['agreement'] == 1
     assert result['command'].startswith('distill_nb --temperature 4.0 --alpha 0.9 --epochs 2.0')
     for name in ('curves.png', 'comparison.png'): assert Image.open(finished/name).size[0] > 500
+
+
+def test_one_model_has_wilsons_interval_and_several_have_students(finished):
+    for r in json.loads((finished/'result.json').read_text())['rows']:
+        if r['model'] == 'teacher': assert r['ci95'] == share_interval(round(359 * r['accuracy']), 359) and r['interval_over'] == 'test images'
+        else: assert r['ci95'] == interval(r['accuracies'])[1] and r['interval_over'] == 'seeds'
+
+
+def test_intervals_are_printed_by_their_ends(finished):
+    rows = json.loads((finished/'result.json').read_text())['rows']
+    cells, page = table(rows), (finished/'report.html').read_text()
+    for r, shown in zip(rows, cells[1:]):
+        cell = f"{100 * r['accuracy']:.2f} [{100 * r['ci95'][0]:.2f}, {100 * r['ci95'][1]:.2f}]"
+        assert shown[cells[0].index('accuracy % [95 %]')] == cell and cell in page
+    assert '±' not in page and "Wilson&#x27;s" not in page and "Wilson's over the test images" in page
+
+
+def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
+    import importlib.resources
+    found = set()
+    for file in (importlib.resources.files('distill_nb')/'results').iterdir():
+        if not file.name.endswith('.json'): continue
+        old = json.loads(file.read_text())
+        new = stored_result(old['name'])
+        assert {k: v for k, v in new.items() if k != 'rows'} == {k: v for k, v in old.items() if k != 'rows'}
+        for was, row in zip(old['rows'], new['rows'], strict=True):
+            if 'ci95' not in was: continue
+            found.add(was['interval_over'])
+            if was['interval_over'] == 'seeds' and isinstance(was['ci95'], float): assert row['ci95'] == [was['accuracy'] - was['ci95'], was['accuracy'] + was['ci95']]
+            elif was['interval_over'] == 'test images':
+                n = int(re.search(r'([0-9,]+) test images', old['data'])[1].replace(',', ''))
+                right = was['accuracy'] * n
+                assert right == pytest.approx(round(right), abs=1e-6) and row['ci95'] == share_interval(round(right), n)
+    assert found == {'seeds', 'test images'}
+
+
+def test_a_share_near_one_is_not_said_to_be_known_better_than_it_is():
+    cells = table(stored_result('digits')['rows'])
+    assert cells[1][cells[0].index('accuracy % [95 %]')] == '99.44 [97.99, 99.85]'  # Wald: 98.67 to 100.21
 
 
 def test_the_weights_are_those_that_were_reported(finished):

@@ -106,7 +106,7 @@ def test_pictures_of_any_channels(channels):
 
 
 def test_a_table_has_no_empty_column():
-    row = {'setting': 'data_free', 'model': 'student', 'parameters': 1, 'macs': 1, 'bytes': 1, 'latency_ms': 1., 'accuracy': 0.5, 'ci95': 0.1, 'agreement': 0.5, 'ece': 0.1}
+    row = {'setting': 'data_free', 'model': 'student', 'parameters': 1, 'macs': 1, 'bytes': 1, 'latency_ms': 1., 'accuracy': 0.5, 'ci95': [0.4, 0.6], 'agreement': 0.5, 'ece': 0.1}
     assert 'gain [95 %]' not in table([row])[0] and 'gain [95 %]' in table([row, row | {'difference': 0.1, 'difference_ci95': None}])[0]
 
 

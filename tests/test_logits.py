@@ -1,15 +1,16 @@
 """Distill, the teacher's exam, and comparisons that can be trusted."""
-import math, subprocess, sys
+import copy, math, subprocess, sys, warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
 from distill_nb.data import CropFlip, ImageData, digits
-from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, probability_kind, tune
+from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, probability_kind, share_interval, tune
 from distill_nb.losses import UNLABELLED, DistillationLoss, kd_loss, reverse_kl_loss
-from distill_nb.models import build_model, fingerprint
+from distill_nb.models import build_model, digit_teacher, fingerprint
 from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')
@@ -60,17 +61,119 @@ def test_a_majority_class_is_no_knowledge():
     with pytest.raises(ValueError, match='75.0%'): check_teacher(Common(), data)
 
 
+def answers(accuracy, loss, labels):
+    "Logits that are right on the first images up to this accuracy, and whose cross-entropy is this; a wrong answer is the next class."
+    y = torch.tensor(labels)
+    right, own = torch.arange(len(y)) < round(accuracy * len(y)), min(0.5, loss / 2) if accuracy < 1 else loss
+    share, C = right.double().mean().item(), max(labels) + 1
+    losses = torch.where(right, own, (loss - share * own) / max(1 - share, 1e-9)).double()
+    p = ((1 - (-losses).exp()) / (C - 1 + 0.5))[:, None].repeat(1, C)
+    p[torch.arange(len(y)), (y + 1) % C] *= 1.5
+    p[torch.arange(len(y)), y] = (-losses).exp()
+    assert F.cross_entropy(p.log(), y).item() == pytest.approx(loss) and torch.equal(p.argmax(1) == y, right)
+    return p.log(), y
+
+
 @pytest.mark.parametrize('accuracy,loss,labels,lucky', [
     (0.33, 0.9, [0, 1, 2] * 40, True),      # a guesser
     (1.00, 0.1, [0, 1, 2], False),          # all right, of very few images
     (0.67, 0.9, [0, 1, 2], True),           # two of three is nothing
     (0.25, 2.35, list(range(10)) * 40, True),   # two or three classes of ten by luck: the loss is that of ignorance
     (0.25, 1.95, list(range(10)) * 40, False),  # weak, but it knows something
+    (0.10, 1.95, list(range(10)) * 40, True),   # the labels are likely, but no more of the answers are right
+    (0.38, 2.09, list(range(10)) * 40, True),   # the luckiest of many heads
     (0.60, 9.00, list(range(10)) * 40, False),  # good, and much too sure
     (0.75, 0.3, [0] * 300 + [1] * 100, True),   # always the common class
     (0.90, 0.3, [0] * 300 + [1] * 100, False),
     (1.00, 0.1, [0] * 385 + [1] * 5, False), (1.00, 0.1, [0] * 12 + [1], False)])  # all right, though one class is rare
-def test_luck_and_knowledge_are_told_apart(accuracy, loss, labels, lucky): assert by_luck(accuracy, loss, torch.tensor(labels)) == lucky
+def test_luck_and_knowledge_are_told_apart(accuracy, loss, labels, lucky): assert by_luck(*answers(accuracy, loss, labels)) == lucky
+
+
+class Answers(nn.Module):
+    "Gives the logits that belong to an image, which holds its own number."
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits.float())
+    def forward(self, x): return self.logits[(x[:, 0, 0, 0] + 256 * x[:, 0, 0, 1]).round().long()]
+
+
+def numbered(labels):
+    y, i = torch.tensor(labels), torch.arange(len(labels))
+    x = torch.stack([i % 256, i // 256], 1).view(-1, 1, 1, 2).expand(-1, 1, 2, 2)
+    return ImageData(x.to(torch.uint8), y, [str(c) for c in range(max(labels) + 1)], (0.,), (1 / 255,))
+
+
+RARE = [0] * 95 + [1] * 5
+
+
+@pytest.mark.parametrize('gap', [2., 5., 20., 100.])  # unsure, and much too sure of its mistake
+@pytest.mark.parametrize('labels', [RARE, [1 - y for y in RARE], [0] * 380 + [1] * 20])
+def test_a_teacher_that_finds_every_image_of_a_rare_class_passes(labels, gap):
+    y = torch.tensor(labels)
+    said = y.clone()
+    common = (y == y.mode().values).nonzero()[: len(y) // 100, 0]
+    said[common] = 1 - said[common]
+    assert check_teacher(Answers(gap * F.one_hot(said, 2)), numbered(labels)) == pytest.approx(0.99)
+
+
+def test_the_error_of_the_exam_states_what_was_reached_and_what_was_needed():
+    with pytest.raises(ValueError) as error: check_teacher(Answers(torch.tensor([[3., 0.]] * 100)), numbered(RARE))
+    for said in ('95.0% of 100', 'balanced accuracy of 50.0%', 'cross-entropy of 0.1986 nats', 'at most 0.1687', 'balanced one of at most 0.1733', 'one in a thousand shuffles'): assert said in str(error.value), said
+    assert 'accuracy above' not in str(error.value)  # with two classes no accuracy is enough
+    with pytest.raises(ValueError, match='a balanced accuracy above 50.0%, a cross-entropy of at most 1.957'): check_teacher(Answers(torch.zeros(100, 10)), numbered(list(range(10)) * 10))
+
+
+@pytest.mark.parametrize('labels', [[0, 1], [0, 1, 2] * 2, RARE[-10:], list(range(10)), [0] * 30 + [1]], ids=len)
+def test_of_few_images_a_perfect_score_is_enough_and_a_guess_is_not(labels):
+    y = torch.tensor(labels)
+    sure = 6. * F.one_hot(y, max(labels) + 1)
+    assert not by_luck(sure, y) and by_luck(sure[:1].expand_as(sure), y) and by_luck(torch.zeros_like(sure), y)
+    if len(labels) < 10: assert by_luck(torch.cat([sure[:1].flip(1), sure[1:]]), y)  # one mistake
+
+
+def test_a_guesser_that_knows_how_frequent_the_classes_are_does_not_pass():
+    g, y = torch.Generator().manual_seed(0), torch.tensor([0] * 190 + [1] * 10)
+    for _ in range(100):
+        said = (torch.rand(200, generator=g) < 0.05).long()
+        assert by_luck(3 * F.one_hot(said, 2), y)
+
+
+def clusters(labels, width=64, seed=0):
+    "Features that tell the classes apart, of a size for which the logits of a new head are as small as on those of a real teacher."
+    g, y = torch.Generator().manual_seed(seed), torch.tensor(labels)
+    centres = torch.randn(max(labels) + 1, width, generator=g)
+    return (centres[y] + 0.2 * torch.randn(len(y), width, generator=g)).relu(), y
+
+
+@pytest.mark.parametrize('labels', [list(range(10)) * 30, RARE, [1 - y for y in RARE], list(range(100)) * 3], ids=['ten', '95:5', '5:95', 'hundred'])
+def test_no_head_of_three_hundred_that_were_never_trained_passes(labels):
+    torch.manual_seed(0)
+    (x, y), found = clusters(labels), []
+    for _ in range(300):
+        with torch.no_grad(): found.append(nn.Linear(64, max(labels) + 1)(x))
+    assert all(by_luck(logits, y) for logits in found)
+    assert not by_luck(4. * F.one_hot(y, max(labels) + 1), y)
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_no_untrained_head_on_a_real_teacher_passes(seed):
+    train, valid, test = digits()
+    torch.manual_seed(seed)
+    model = digit_teacher()
+    fit(Supervised(model), train, Recipe(epochs=5, batch_size=64, lr=0.05, precision='float32'))
+    features, y = predict(nn.Sequential(*list(model.children())[:-1]), train), train.y
+    some = torch.cat([(y == 3).nonzero()[:95, 0], (y == 8).nonzero()[:5, 0]])
+    for x, labels, C in ((features[:400], y[:400], 10), (features[some], (y[some] == 8).long(), 2)):
+        with torch.no_grad(): assert all(by_luck(nn.Linear(128, C)(x), labels) for _ in range(300))
+    assert check_teacher(model, valid) > 0.9
+
+
+def test_an_exam_leaves_the_random_numbers_of_a_training_alone(teacher):
+    torch.manual_seed(0)
+    check_teacher(teacher, images(seed=1))
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(3))
 
 
 class Then(nn.Module):
@@ -212,9 +315,9 @@ def test_a_checkpoint_knows_temperature_alpha_and_divergence(teacher, tmp_path):
 
 @pytest.mark.parametrize('values', [[1., 2., 3.], [0.9, 0.91, 0.87, 0.93, 0.9]])
 def test_the_interval_is_students(values):
-    mean, half = interval(values)
+    mean, ends = interval(values)
     low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert ends == pytest.approx([low, high]) and mean == pytest.approx(sum(values) / len(values))
     assert interval([0.5]) == (0.5, None)
 
 
@@ -222,11 +325,94 @@ def test_agreement_counts_equal_choices():
     assert agreement(torch.tensor([[1., 0], [0, 1], [1, 0], [0, 1]]), torch.tensor([[2., 0], [3, 1], [9, 0], [1, 0]])) == 0.5
 
 
+@pytest.mark.parametrize('right,n', [(0, 1), (1, 1), (0, 359), (359, 359), (357, 359), (4235, 5000), (1, 3)])
+def test_the_interval_of_a_share_is_wilsons(right, n):
+    p, z = right / n, stats.norm.ppf(0.975)
+    centre, half = (p + z**2 / 2 / n) / (1 + z**2 / n), z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
+    assert share_interval(right, n) == pytest.approx([centre - half, centre + half], abs=1e-12)
+    assert 0 <= share_interval(right, n)[0] <= p <= share_interval(right, n)[1] <= 1
+
+
+@pytest.mark.parametrize('p', [0.5, 0.9, 0.95, 0.98, 0.99, 0.998])
+def test_the_interval_of_a_share_holds_it_nearly_as_often_as_it_says(p):
+    held = sum(stats.binom.pmf(k, 359, p) for k in range(360) if share_interval(k, 359)[0] <= p <= share_interval(k, 359)[1])
+    assert 0.92 < held < 0.99
+
+
 def test_rows_pair_by_seed():
     runs = [{'model': m, 'seed': s, 'valid_accuracy': v, 'seconds': 1.} for s, (a, b) in enumerate([(0.1, 0.2), (0.5, 0.6), (0.9, 1.0)]) for m, v in (('alone', a), ('distilled', b))]
     alone, distilled = Comparison(runs, 'alone').rows()
-    assert 'difference' not in alone and alone['ci95'] > 0.5
+    low, high = alone['ci95']
+    assert 'difference' not in alone and high - low > 1 and alone['valid_accuracy'] == pytest.approx(0.5) == (low + high) / 2
     assert distilled['difference'] == pytest.approx(0.1) and distilled['difference_ci95'] == pytest.approx([0.1, 0.1])
+
+
+def runs_of(**values): return [{'model': m, 'seed': s, 'valid_accuracy': v} for m, found in values.items() for s, v in found.items()]
+
+
+def test_runs_are_paired_by_their_seeds_in_whatever_order_they_stand():
+    found = Comparison(runs_of(a={0: 0.1, 1: 0.5, 2: 0.9}, b={2: 1.0, 0: 0.2, 1: 0.6}), 'a')
+    assert found.values('b', 'valid_accuracy') == [0.2, 0.6, 1.0] and found.seeds == [0, 1, 2]
+    assert found.rows()[1]['difference_ci95'] == pytest.approx([0.1, 0.1])
+    lines = [line.get_ydata().tolist() for line in found.plot().axes[0].lines]
+    assert lines == [[0.1, 0.2], [0.5, 0.6], [0.9, 1.0]]
+
+
+@pytest.mark.parametrize('runs,baseline,said', [
+    (runs_of(a={0: 0.1, 1: 0.5}, b={0: 0.2}), 'a', r"'b' has none for \[1\]"),
+    (runs_of(a={0: 0.1}, b={0: 0.2, 7: 0.3}), 'a', r"'a' has none for \[7\]"),
+    (runs_of(a={0: 0.1}, b={0: 0.2}) + runs_of(b={0: 0.2}), 'a', r"each seed of a contender once, but 'b' has the seeds \[0, 0\]"),
+    (runs_of(a={0: 0.1}), 'c', "name must be one of a, but is 'c'"),
+    (runs_of(a={0: 0.1, 1: 0.1}) + [{'model': 'b', 'seed': 0, 'valid_accuracy': 0.1}, {'model': 'b', 'seed': 1}], 'a', r"'b' has no 'valid_accuracy' for the seeds \[1\]")])
+def test_runs_that_can_not_be_paired_are_refused(runs, baseline, said):
+    for summary in (Comparison.rows, Comparison.plot):
+        with pytest.raises(ValueError, match=said): summary(Comparison(runs, baseline))
+
+
+def test_a_column_has_the_name_of_its_measure():
+    runs = [r | {'accuracy': r['valid_accuracy'] + 0.05, 'deepest': 0.7} for r in runs_of(a={0: 0.1, 1: 0.3})]
+    found = Comparison(runs, 'a')
+    for measure, mean in (('valid_accuracy', 0.2), ('accuracy', 0.25), ('deepest', 0.7)):
+        row, = found.rows(measure)
+        assert row[measure] == pytest.approx(mean) and set(row) == {'model', measure, 'ci95'}
+    assert 'accuracy' in found.rows()[0] and 'accuracy' not in Comparison(runs_of(a={0: 0.1}), 'a').rows()[0]
+    assert found.plot(measure='deepest').axes[0].get_ylabel() == 'deepest'
+    with pytest.raises(ValueError, match="'a' has no 'top5'"): found.rows('top5')
+
+
+def test_a_seed_that_occurs_twice_is_refused_before_anything_is_trained():
+    def never(): raise AssertionError('a student was made')
+    for seeds, said in (([0, 0], '0 occurs again'), ([3, 1, 2, 1], '1 occurs again'), ([], 'at least 1'), ((5, 5), '5 occurs again')):
+        with pytest.raises(ValueError, match=f'seeds must be .*{said}'): compare(never, {'a': (Supervised, images())}, RECIPE, images(seed=1), seeds=seeds)
+
+
+def test_a_factory_that_does_not_make_new_students_is_refused():
+    def compared(make, seeds=2): return compare(make, {'a': (Supervised, images()), 'b': (Supervised, images())}, RECIPE, images(seed=1), seeds=seeds, progress=False)
+    one, body, norm = net(), nn.Linear(16, 8), nn.BatchNorm1d(8)
+    two = [net(), net()]
+    def alternating(): return two[0] if two.reverse() else two[1]
+    def shared_body(): return nn.Sequential(nn.Flatten(), body, nn.Linear(8, 3))
+    def same_memory():
+        model = net()
+        model[1].weight.data = one[1].weight.data
+        return model
+    def shared_buffers():
+        model = net()
+        model[2].running_mean = norm.running_mean
+        return model
+    for make in (lambda: one, shared_body, same_memory, shared_buffers):
+        with pytest.raises(ValueError, match='make_student must make a new network each time'): compared(make)
+    with pytest.raises(ValueError, match='make_student must'): compared(alternating)
+    trained = []
+    def copies_of_the_last():
+        trained.append(copy.deepcopy(trained[-1]) if trained else net())
+        return trained[-1]
+    with pytest.raises(ValueError, match='same initial weights for the same seed, but for seed 0'): compared(copies_of_the_last)
+    with pytest.warns(UserWarning, match='the same initial weights for every seed'): compared(lambda: copy.deepcopy(one))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        compared(net)
+        compared(lambda: copy.deepcopy(one), seeds=1)
 
 
 def contenders(teacher, alone, transfer): return {'alone': (Supervised, alone), 'distilled': (lambda s: Distill(s, teacher), transfer)}
@@ -253,6 +439,7 @@ def test_contenders_start_alike_take_the_same_steps_and_read_the_test_split_once
     assert Once.reads == 3 * 2 + 1  # each trained student once, and the teacher
     rows = found.rows()
     assert {'accuracy', 'ci95', 'agreement', 'ece', 'seconds'} <= set(rows[0]) and found.plot() is not None
+    assert all({'seed', 'valid_accuracy', 'accuracy', 'agreement', 'ece', 'seconds'} <= set(r) for r in found.runs)
 
 
 def test_an_interrupted_comparison_continues(teacher, tmp_path):
