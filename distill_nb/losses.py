@@ -27,7 +27,88 @@ def log_soften(
     temperature:float=1.0 # T > 0
 ) -> Tensor:              # Logarithms of the softened probabilities, shape (B, C)
     "log softmax(logits / T), row by row."
-    return F.log_softmax(upcast(logits) / temperature, dim=-1)
+    logits = upcast(logits)
+    below = logits - logits.amax(-1, keepdim=True).detach()  # before a small T magnifies them
+    return F.log_softmax(below / temperature, dim=-1)
+
+# %% ../nbs/01_losses.ipynb #4483365b
+def _minus(a, b):
+    "a - b, and what rounding took from it (Knuth's two-sum)."
+    d = a - b
+    back = d - a
+    return d, (a - (d - back)) - (b + back)
+
+@torch.no_grad()
+def _log_ratio(student_logits, teacher_logits, temperature):
+    "log p - log q of each class, up to a constant for each row; 0 where both are masked."
+    v, z = upcast(teacher_logits), upcast(student_logits)
+    d, lost = _minus(v, z)
+    shift, shift_lost = _minus(v.amax(-1, keepdim=True), z.amax(-1, keepdim=True))
+    d = d.sub_(shift).add_((lost - shift_lost).nan_to_num_(0.)).div_(temperature)
+    return d.nan_to_num_(0., math.inf, -math.inf)
+
+# %% ../nbs/01_losses.ipynb #e09d77e6
+class _Differences(torch.autograd.Function):
+    "log p - log q and p - q; `ratio` is the first of them up to a constant for each row."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_p, log_q, ratio):
+        surest = torch.minimum(log_p, log_q).argmax(-1, keepdim=True)  # both logarithms are precise
+        a, b, c = (t.gather(-1, surest) for t in (log_p, log_q, ratio))
+        d, q = ratio + (a - b - c).nan_to_num(0.), log_q.exp()
+        gap = (log_p.exp() + q).mul_((d / 2).tanh_())
+        excess = gap.sum(-1, keepdim=True)
+        return d.sub_(excess), gap.sub_(q.mul_(excess))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, by_d, by_gap):  # for second derivatives; the first are those of `_Excess`
+        if by_d is None and by_gap is None: return None, None, None
+        p, q = (l.exp() for l in ctx.saved_tensors)
+        by_d, by_gap = (0. if g is None else g for g in (by_d, by_gap))
+        return by_d + by_gap * p, -by_d - by_gap * q, None
+
+# %% ../nbs/01_losses.ipynb #47401959
+def _compare(student_logits, teacher_logits, temperature):
+    "log p, log q, log p - log q and p - q, each of shape (B, C)."
+    log_q, log_p = (log_soften(l, temperature) for l in (student_logits, teacher_logits))
+    ratio = _log_ratio(student_logits, teacher_logits, temperature)
+    return log_p, log_q, *_Differences.apply(log_p, log_q, ratio)
+
+# %% ../nbs/01_losses.ipynb #fa8a07a3
+class _Excess(torch.autograd.Function):
+    "p·d - (p - q) for each class: never negative, and in sum KL(p ‖ q)."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_p, log_q, d, gap):
+        p = log_p.exp()
+        near = (d * d).div_(-720).add_(1/12).mul_(d).add_(0.5).mul_(d).mul_(gap)
+        far = (p * d).masked_fill_(p == 0, 0.).sub_(gap)
+        return torch.where(d.abs() < 1/16, near, far).clamp(min=0.)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(inputs[0], *inputs[2:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (log_p, d, gap), by_log_p = ctx.saved_tensors, None
+        if ctx.needs_input_grad[0]:
+            p, likeliest = log_p.exp(), log_p.argmax(-1, keepdim=True)
+            top = d.gather(-1, likeliest).nan_to_num(posinf=0.)
+            by_log_p = grad * (p * (d - top)).masked_fill((p == 0) | (d == math.inf), 0.)
+        by_log_q = -grad * gap if ctx.needs_input_grad[1] else None
+        return by_log_p, by_log_q, None, None
+
+# %% ../nbs/01_losses.ipynb #f16b7a2f
+def _kl(log_p, log_q, d, gap):
+    "KL(p ‖ q) of each row: (B, C) -> (B,)"
+    return _Excess.apply(log_p, log_q, d, gap).sum(-1)
 
 # %% ../nbs/01_losses.ipynb #14ec9b43
 UNLABELLED = -100  # The label of an image without label: torch's ignore_index
@@ -54,10 +135,6 @@ def _check_labels(labels, student_logits):
         raise ValueError(f"labels must lie in 0..{classes - 1} or be {UNLABELLED} (unlabelled), but one is {wrong[0]}.")
 
 # %% ../nbs/01_losses.ipynb #fc1a1451
-def _kl(log_p, log_q):
-    "KL(p ‖ q) of each row, from logarithms: (B, C), (B, C) -> (B,)"
-    return F.kl_div(log_q, log_p, reduction='none', log_target=True).sum(-1)
-
 def _reduce(per_row, reduction, temperature):
     "T² times the rows' losses: their mean, their sum, or all of them."
     if reduction == 'batchmean': return temperature**2 * per_row.sum() / max(len(per_row), 1)
@@ -74,8 +151,8 @@ def kd_loss(
 ) -> Tensor:                  # T² · KL(teacher ‖ student): a scalar, or shape (B,) with 'none'
     "The soft loss, Hinton et al. 2015, section 2."
     _check(student_logits, teacher_logits, temperature)
-    log_p, log_q = (log_soften(l, temperature) for l in (teacher_logits, student_logits))
-    return _reduce(_kl(log_p, log_q), reduction, temperature)
+    per_row = _kl(*_compare(student_logits, teacher_logits, temperature))
+    return _reduce(per_row, reduction, temperature)
 
 # %% ../nbs/01_losses.ipynb #8bc6bb9f
 def hard_loss(
@@ -173,10 +250,16 @@ def reverse_kl_loss(
 ) -> Tensor:                  # T² · KL(student ‖ teacher)
     "The mode-seeking direction, as in Agarwal et al. 2024."
     _check(student_logits, teacher_logits, temperature)
-    log_p, log_q = (log_soften(l, temperature) for l in (teacher_logits, student_logits))
-    return _reduce(_kl(log_q, log_p), reduction, temperature)
+    per_row = _kl(*_compare(teacher_logits, student_logits, temperature))  # sides exchanged
+    return _reduce(per_row, reduction, temperature)
 
 # %% ../nbs/01_losses.ipynb #625c051d
+def _over_mixture(d, share):
+    "log p - log m for m = share·p + (1 - share)·q and d = log p - log q."
+    near = torch.log1p((1 - share) * torch.expm1(-d.clamp(-1, 1)))
+    far = math.log(share) + F.softplus(math.log1p(-share) - math.log(share) - d)
+    return -torch.where(d.abs() < 1, near, far)
+
 def jsd_loss(
     student_logits:Tensor,    # Raw scores, shape (B, C)
     teacher_logits:Tensor,    # Raw scores, shape (B, C)
@@ -188,16 +271,46 @@ def jsd_loss(
     _check(student_logits, teacher_logits, temperature)
     if not 0 < beta < 1:
         raise ValueError(f"beta must lie strictly between 0 and 1, but is {beta}. At the ends use kd_loss or reverse_kl_loss.")
-    log_p, log_q = (log_soften(l, temperature) for l in (teacher_logits, student_logits))
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return _reduce(beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m), reduction, temperature)
+    log_p, log_q, d, gap = _compare(student_logits, teacher_logits, temperature)
+    forward = _kl(log_p, None, _over_mixture(d, beta), (1 - beta) * gap)
+    reverse = _kl(log_q, None, _over_mixture(-d, 1 - beta), -beta * gap)
+    return _reduce(beta * forward + (1 - beta) * reverse, reduction, temperature)
 
 # %% ../nbs/01_losses.ipynb #660cdb8f
-def _split(logits, labels):
-    "The logits of target against rest, (B, 2), and of the classes other than the target, (B, C-1)."
-    others = torch.arange(logits.shape[1] - 1, device=logits.device)
-    rest = logits.gather(1, others + (others >= labels[:, None]))        # (B, C) -> (B, C-1)
-    return torch.cat([logits.gather(1, labels[:, None]), rest.logsumexp(1, keepdim=True)], 1), rest
+def _split(x, labels):
+    "The target's column, (B, 1), and the other classes' columns, (B, C-1)."
+    others = torch.arange(x.shape[1] - 1, device=x.device)
+    return x.gather(1, labels[:, None]), x.gather(1, others + (others >= labels[:, None]))
+
+def _binary(log_p, labels):
+    "Logarithms of the target's probability and of all others' together: (B, C) -> (B, 2)"
+    target, rest = _split(log_p, labels)
+    none = (rest == -math.inf).all(1, keepdim=True)
+    others = rest.masked_fill(none, 0.).logsumexp(1, keepdim=True).masked_fill(none, -math.inf)
+    return torch.cat([target, others], 1)
+
+# %% ../nbs/01_losses.ipynb #db6f2b66
+def _others(logits, labels):
+    "The logits without the target's; all 0 in rows where every one of them is masked."
+    rest = _split(upcast(logits), labels)[1]
+    none = (rest == -math.inf).all(1, keepdim=True)
+    return rest.masked_fill(none, 0.), none[:, 0]
+
+def _decoupled(student_logits, teacher_logits, labels, temperature):
+    "TCKD and NCKD of each row, both of shape (B,); a row without other classes has no NCKD."
+    (z, no_z), (v, no_v) = (_others(l, labels) for l in (student_logits, teacher_logits))
+    log_p, log_q, d, gap = _compare(z, v, temperature)  # among the others, (B, C-1)
+    nckd = _kl(log_p, log_q, d, gap).masked_fill(no_z | no_v, 0.)
+    target, rest = _split(_log_ratio(student_logits, teacher_logits, temperature), labels)
+    surest = torch.minimum(log_p, log_q).argmax(1, keepdim=True)
+    ratio = torch.cat([target, (rest - d).gather(1, surest)], 1)  # of the target, of all others
+    logs = [_binary(log_soften(l, temperature), labels) for l in (teacher_logits, student_logits)]
+    return _kl(*logs, *_Differences.apply(*logs, ratio)), nckd
+
+def _weighted(weight, part):
+    "weight · part; 0 where the weight is 0, even if the part is infinite."
+    if not isinstance(weight, Tensor): weight = part.new_full((), weight)
+    return (weight * part).masked_fill(weight == 0, 0.)
 
 # %% ../nbs/01_losses.ipynb #63e8c2d3
 def dkd_loss(
@@ -214,9 +327,8 @@ def dkd_loss(
     _check_labels(labels, student_logits)
     if student_logits.shape[1] < 2: raise ValueError("dkd_loss needs logits of at least 2 classes, but has 1.")
     labels = torch.where(labels == UNLABELLED, teacher_logits.argmax(1), labels.long())
-    teacher, student = (_split(upcast(l) / temperature, labels) for l in (teacher_logits, student_logits))
-    tckd, nckd = (_kl(log_soften(p), log_soften(q)) for p, q in zip(teacher, student))
-    return _reduce(alpha * tckd + beta * nckd, reduction, temperature)
+    tckd, nckd = _decoupled(student_logits, teacher_logits, labels, temperature)
+    return _reduce(_weighted(alpha, tckd) + _weighted(beta, nckd), reduction, temperature)
 
 # %% ../nbs/01_losses.ipynb #8663714f
 def _pearson_distance(log_a, log_b, dim):

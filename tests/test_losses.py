@@ -3,7 +3,8 @@
 The references below share nothing with the library: plain loops over float64 scalars, probabilities computed
 the way the papers write them. Their gradients come from autograd over these loops or from finite differences.
 """
-import copy, math, re
+import copy, decimal, math, re
+from decimal import Decimal
 from functools import partial
 
 import pytest
@@ -75,6 +76,50 @@ def ref_standardize(z):
         sigma = torch.sqrt(sum((x - mean)**2 for x in row) / len(row))
         out.append(torch.stack([(x - mean) / sigma for x in row]))
     return torch.stack(out)
+
+
+# ---- references: 60 digits, where float64 is not enough; a masked class has no entry ----
+
+def exact_soften(row, T):
+    "Probabilities of the classes that are not masked, as {class: number}."
+    logits = {c: Decimal(x) / Decimal(T) for c, x in enumerate(row) if x != -math.inf}
+    top = max(logits.values())
+    e = {c: (x - top).exp() for c, x in logits.items()}
+    return {c: x / sum(e.values()) for c, x in e.items()}
+
+def exact_kl(p, q): return sum(a * (a / q[c]).ln() for c, a in p.items())
+
+def exact_jsd(q, p, beta):
+    beta = Decimal(beta)
+    m = {c: beta * p.get(c, 0) + (1 - beta) * q.get(c, 0) for c in {*p, *q}}
+    return beta * exact_kl(p, m) + (1 - beta) * exact_kl(q, m)
+
+def exact_target(q, p, t):
+    "KL of (target, all others)."
+    return exact_kl(*({0: d[t], 1: sum(x for c, x in d.items() if c != t)} for d in (p, q)))
+
+def exact_others(q, p, t):
+    "KL among the classes other than the target."
+    def rest(d):
+        others = {c: x for c, x in d.items() if c != t}
+        return {c: x / sum(others.values()) for c, x in others.items()}
+    return exact_kl(rest(p), rest(q))
+
+def exact(equation, z, v, T, labels=None):
+    "T² times the mean of a divergence over the rows, with its gradient in z by central differences of 60 digits."
+    z, v, T = z.double().tolist(), v.double().tolist(), Decimal(T)
+    more = [()] * len(z) if labels is None else [(t,) for t in labels.tolist()]
+    def row(student, teacher, extra):
+        return T**2 * equation(exact_soften(student, T), exact_soften(teacher, T), *extra) / len(z)
+    def slope(student, teacher, extra, c):
+        if student[c] == -math.inf: return 0.
+        h = T * Decimal('1e-25')
+        up, down = ([Decimal(x) + (step if i == c else 0) for i, x in enumerate(student)] for step in (h, -h))
+        return float((row(up, teacher, extra) - row(down, teacher, extra)) / (2 * h))
+    with decimal.localcontext(decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX)):
+        value = float(sum(row(*r) for r in zip(z, v, more)))
+        grad = [[slope(*r, c) for c in range(len(r[0]))] for r in zip(z, v, more)]
+        return value, torch.tensor(grad, dtype=torch.float64)
 
 
 # ---- what every comparison uses ----
@@ -319,6 +364,132 @@ def test_reverse_is_forward_with_the_sides_exchanged():
     z, v, _ = draw(12, 4, 6, 2.)
     assert torch.equal(reverse_kl_loss(z, v), kd_loss(v, z))
     assert (reverse_kl_loss(z, v) - kd_loss(z, v)).abs() > 1e-3
+
+
+# ---- right near the teacher, and at every temperature ----
+
+def of_labels(loss, **weights): return lambda z, v, T, y, **kw: loss(z, v, y, T, **weights, **kw)
+
+DIVERGENCES = {  # name: (loss of (student, teacher, T, labels), equation of (q, p) or (q, p, target))
+    'kd': (lambda z, v, T, y, **kw: kd_loss(z, v, T, **kw), lambda q, p: exact_kl(p, q)),
+    'reverse': (lambda z, v, T, y, **kw: reverse_kl_loss(z, v, T, **kw), exact_kl),
+    **{f'jsd_{b}': (lambda z, v, T, y, b=b, **kw: jsd_loss(z, v, T, b, **kw), partial(exact_jsd, beta=b))
+       for b in (0.5, 0.1, 0.999, 1e-6)},
+    'tckd': (of_labels(dkd_loss, alpha=1., beta=0.), exact_target),
+    'nckd': (of_labels(dkd_loss, alpha=0., beta=1.), exact_others)}
+
+every_divergence = pytest.mark.parametrize('name', DIVERGENCES)
+
+def exact_of(name, z, v, T, y):
+    "Value and gradient as the equation has them."
+    value, grad = exact(DIVERGENCES[name][1], z, v, T, y if name in ('tckd', 'nckd') else None)
+    return torch.tensor(value, dtype=torch.float64), grad
+
+def near(found, want, tolerance, scale):
+    "Within `tolerance` of the size of `want`; what float32 can't hold counts as 0."
+    return (found.double() - want).norm() <= tolerance * want.norm() + 1e-36 * scale
+
+@every_divergence
+@pytest.mark.parametrize('T', [1e-6, 1e-3, 0.1, 1., 4., 1e3, 1e6])
+@pytest.mark.parametrize('noise', [10., 1., 1e-3, 1e-6])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+def test_right_at_every_distance_and_temperature(name, T, noise, dtype):
+    "Value and gradient within 1e-4 (float64: 1e-8), also where the student's logits are shifted as a whole."
+    g = torch.Generator().manual_seed(31)
+    v = 3 * torch.randn(3, 5, generator=g)
+    z = v + noise * torch.randn(3, 5, generator=g) + torch.tensor([[0.], [10.], [-100.]])
+    z, v, y = z.to(dtype), v.to(dtype), torch.tensor([0, 3, 4])
+    value, grad = value_and_grad(lambda z: DIVERGENCES[name][0](z, v, T, y), z)
+    want, want_grad = exact_of(name, z, v, T, y)
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-4
+    assert value >= 0 and near(value, want, tolerance, max(T, 1.)**2)
+    if dtype == torch.bfloat16: tolerance = 4e-3  # in which the gradient is returned
+    assert near(grad, want_grad, tolerance, max(T, 1.))
+
+def draw_anywhere(seed, C, scale, noise, shift, masked):
+    "Logits of any size, at any distance, with or without masked classes; never all of them."
+    g = torch.Generator().manual_seed(seed)
+    v = 10**scale * torch.randn(4, C, generator=g)
+    z = v + 10**(scale + noise) * torch.randn(4, C, generator=g) + shift
+    hidden = (torch.rand(4, C, generator=g) < 0.3) & (torch.arange(C) > 0)
+    for name, x in (('student', z), ('teacher', v)):
+        if masked in (name, 'both'): x[hidden] = -math.inf
+    return z, v, torch.randint(C, (4,), generator=g)
+
+@every_divergence
+@settings(deadline=None, max_examples=100)
+@given(seed=st.integers(0, 2**31), C=st.integers(2, 6), scale=st.floats(-8, 6), noise=st.floats(-12, 3),
+       shift=st.floats(-1e4, 1e4), T=st.floats(-6, 6), masked=st.sampled_from(['nothing', 'student', 'teacher', 'both']))
+def test_never_negative_and_no_nan(name, seed, C, scale, noise, shift, T, masked):
+    "A divergence is never negative, and its gradient is a number, for all logits, masks and temperatures."
+    z, v, y = draw_anywhere(seed, C, scale, noise, shift, masked)
+    rows = lambda z, v: DIVERGENCES[name][0](z, v, 10**T, y, reduction='none')
+    _, grad = value_and_grad(lambda z: rows(z, v).sum(), z)
+    assert (rows(z, v) >= 0).all() and grad.isfinite().all()
+    assert (rows(v.clone(), v) == 0).all()
+
+def test_second_derivatives():
+    z, v, y = draw(33, 3, 5, 1.)
+    z, v = z.requires_grad_(), v.requires_grad_()
+    for name, (loss, _) in DIVERGENCES.items():
+        f = lambda z, v: loss(z, v, 2., y)
+        assert torch.autograd.gradcheck(f, (z, v)) and torch.autograd.gradgradcheck(f, (z, v)), name
+
+def test_functional_transforms_see_the_same_gradient():
+    z, v, _ = draw(34, 3, 5, 1.)
+    for loss in (kd_loss, jsd_loss):
+        torch.testing.assert_close(torch.func.grad(loss)(z, v), value_and_grad(lambda z: loss(z, v), z)[1])
+        torch.testing.assert_close(torch.vmap(lambda a, b: loss(a[None], b[None]))(z, v), loss(z, v, reduction='none'))
+
+@pytest.mark.parametrize('name', ['kd', 'jsd_0.1', 'nckd'])
+def test_compiled_divergences_are_as_precise(name):
+    g = torch.Generator().manual_seed(35)
+    v = 3 * torch.randn(3, 5, generator=g)
+    z, y = v + 1e-3 * torch.randn(3, 5, generator=g), torch.tensor([0, 3, 4])
+    compiled = torch.compile(DIVERGENCES[name][0], backend='aot_eager', fullgraph=True)
+    value, grad = value_and_grad(lambda z: compiled(z, v, 1e6, y), z)
+    want, want_grad = exact_of(name, z, v, 1e6, y)
+    assert near(value, want, 1e-4, 1e12) and near(grad, want_grad, 1e-4, 1e6)
+
+
+# ---- masked classes ----
+
+def hide(x, *classes): return x.clone().index_fill_(1, torch.tensor(classes), -math.inf)
+
+@every_divergence
+def test_a_class_masked_on_both_sides_is_not_there(name):
+    z, v, _ = draw(36, 6, 5, 2.)
+    y, loss = torch.tensor([0, 1, 2, 0, 1, 2]), DIVERGENCES[name][0]
+    value, grad = value_and_grad(lambda z: loss(z, hide(v, 3, 4), 2., y), hide(z, 3, 4))
+    want, want_grad = value_and_grad(lambda z: loss(z, v[:, :3], 2., y), z[:, :3])
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(grad, F.pad(want_grad, (0, 2)))
+
+@every_divergence
+def test_a_class_that_the_teacher_masks_has_probability_0(name):
+    "What the student gives it is lost for KL(p ‖ q), and infinite for the reverse."
+    z, v, _ = draw(37, 4, 5, 2.)
+    z, v, y = z.float(), hide(v, 4).float(), torch.tensor([0, 1, 2, 3])
+    value, grad = value_and_grad(lambda z: DIVERGENCES[name][0](z, v, 2., y), z)
+    assert grad.isfinite().all()
+    if name == 'reverse': assert value == math.inf
+    else:
+        want, want_grad = exact_of(name, z, v, 2., y)
+        assert near(value, want, 1e-5, 1) and near(grad, want_grad, 1e-5, 1)
+
+@every_divergence
+def test_a_class_that_only_the_student_masks_is_infinitely_far(name):
+    "KL(p ‖ q) is infinite where q is 0 and p is not; the others are finite, and no gradient is NaN."
+    z, v, _ = draw(38, 4, 5, 2.)
+    value, grad = value_and_grad(lambda z: DIVERGENCES[name][0](z, v, 2., torch.tensor([0, 1, 2, 3])), hide(z, 4))
+    assert grad.isfinite().all() and (value == math.inf) == (name in ('kd', 'nckd'))
+
+def test_dkd_of_rows_with_a_single_class_left():
+    "Where all classes but the target are masked there is nothing to rank."
+    z, v, _ = draw(39, 2, 3, 2.)
+    z, v, y = hide(z, 1, 2), hide(v, 1, 2), torch.tensor([0, 0])
+    value, grad = value_and_grad(lambda z: dkd_loss(z, v, y), z)
+    assert value == 0 and torch.equal(grad, torch.zeros_like(z))
 
 
 # ---- reductions, rows, unlabelled images ----
