@@ -331,20 +331,31 @@ def dkd_loss(
     return _reduce(_weighted(alpha, tckd) + _weighted(beta, nckd), reduction, temperature)
 
 # %% ../nbs/01_losses.ipynb #8663714f
+def _log_share(logits, temperature):
+    "log(C·p) of each row: near 0 where p is near 1/C."
+    logits = upcast(logits)
+    below = (logits - logits.amax(-1, keepdim=True).detach()) / temperature
+    total = below.logsumexp(-1, keepdim=True)
+    with torch.no_grad():
+        level = total - math.log(logits.shape[-1])
+        level += torch.expm1(below - level).mean(-1, keepdim=True).log1p()  # Σ (C·p − 1) is 0
+    return below - level - (total - total.detach())
+
 def _pearson_distance(log_a, log_b, dim):
     "1 - Pearson correlation of exp(log_a) and exp(log_b) along `dim`."
-    a, b = ((x - x.amax(dim, keepdim=True).detach()).exp() for x in (log_a, log_b))
+    a, b = (torch.expm1(x - x.amax(dim, keepdim=True).detach()) for x in (log_a, log_b))
     return (_direction(a, dim) - _direction(b, dim)).square().sum(dim) / 2
 
+# %% ../nbs/01_losses.ipynb #e7b709d0
 def dist_loss(
     student_logits:Tensor, # Raw scores, shape (B, C)
     teacher_logits:Tensor, # Raw scores, shape (B, C)
     temperature:float=1.0, # T > 0
     inter:float=1.0,       # β, weight of the relations between classes, within each row
     intra:float=1.0        # γ, weight of the relations between images, within each column
-) -> Tensor:               # A scalar; no factor T²
+) -> Tensor:               # T² · (β·inter + γ·intra), a scalar
     "Knowledge distillation from a stronger teacher, Huang et al. 2022."
     _check(student_logits, teacher_logits, temperature)
-    log_q, log_p = (log_soften(l, temperature) for l in (student_logits, teacher_logits))
+    log_q, log_p = (_log_share(l, temperature) for l in (student_logits, teacher_logits))
     by_image, by_class = (_pearson_distance(log_q, log_p, dim).mean() for dim in (1, 0))
-    return inter * by_image + intra * by_class
+    return temperature**2 * (inter * by_image + intra * by_class)

@@ -67,7 +67,7 @@ def ref_dist(z, v, T, inter, intra):
     by_row = sum(1 - ref_pearson(q, p) for q, p in both) / len(both)
     columns = [([q[c] for q, _ in both], [p[c] for _, p in both]) for c in range(z.shape[1])]
     by_column = sum(1 - ref_pearson(q, p) for q, p in columns) / len(columns)
-    return inter * by_row + intra * by_column
+    return T**2 * (inter * by_row + intra * by_column)
 
 def ref_standardize(z):
     out = []
@@ -246,9 +246,10 @@ def test_temperature_squared_keeps_the_size_of_the_gradient():
         without = [s / T**2 for s, T in zip(size, (8, 64))]
         assert without[0] / without[1] > 30
 
-def test_dist_needs_no_temperature_squared():
+def test_dist_pulls_with_the_square_of_the_temperature():
+    "A correlation has no scale that a temperature could shrink, so T² stays."
     z, v, _ = draw(1, 32, 10, 2.)
-    size = [value_and_grad(lambda z: dist_loss(z, v, T), z)[1].norm() for T in (8, 64)]
+    size = [value_and_grad(lambda z: dist_loss(z, v, T), z)[1].norm() / T**2 for T in (8, 64)]
     assert 0.8 < size[1] / size[0] < 1.25
 
 @every_loss
@@ -450,6 +451,16 @@ def test_compiled_divergences_are_as_precise(name):
     value, grad = value_and_grad(lambda z: compiled(z, v, 1e6, y), z)
     want, want_grad = exact_of(name, z, v, 1e6, y)
     assert near(value, want, 1e-4, 1e12) and near(grad, want_grad, 1e-4, 1e6)
+
+
+@pytest.mark.parametrize('T', [0.1, 1., 4., 100., 1e4, 1e6])
+def test_dist_is_right_at_every_temperature(T):
+    "In float32; at a high temperature it is T² times the distance of the logits' own correlations."
+    z, v, _ = draw(32, 6, 5, 2.)
+    value, grad = value_and_grad(lambda z: dist_loss(z, v.float(), T, 1., 2.), z.float())
+    want, want_grad = value_and_grad(lambda z: ref_dist(z, v.float().double(), T, 1., 2.), z.float().double())
+    assert near(value, want, 1e-4, 1) and near(grad, want_grad, 1e-4, 1)
+    if T == 1e6: assert near(dist_loss(z, v, T, 1., 0.), T**2 * sum(1 - ref_pearson(a, b) for a, b in zip(z, v)) / 6, 1e-4, 1)
 
 
 # ---- masked classes ----
