@@ -158,12 +158,17 @@ def kd_loss(
 def hard_loss(
     student_logits:Tensor,   # Raw scores, shape (B, C)
     labels:Tensor,           # Class numbers, shape (B,); `UNLABELLED` where there is none
-    label_smoothing:float=0. # Share of the target that all classes get alike
+    label_smoothing:float=0. # ε, share of the target that all classes get alike
 ) -> Tensor:                 # Cross-entropy summed over the labelled rows, divided by B
     "Cross-entropy with the labels, as a mean over the batch in which unlabelled rows count 0."
     _check_labels(labels, student_logits)
-    total = F.cross_entropy(upcast(student_logits), labels.long(), ignore_index=UNLABELLED, reduction='sum',
-                            label_smoothing=label_smoothing)
+    log_q = log_soften(student_logits)
+    total = F.nll_loss(log_q, labels.long(), ignore_index=UNLABELLED, reduction='sum')
+    if label_smoothing:
+        there = log_q != -math.inf
+        even = -log_q.masked_fill(~there, 0.).sum(1) / there.sum(1)  # with all classes as the target
+        even = even.masked_fill(labels == UNLABELLED, 0.).sum()
+        total = (1 - label_smoothing) * total + label_smoothing * even
     return total / max(len(labels), 1)
 
 # %% ../nbs/01_losses.ipynb #4e3d0b9e
@@ -228,10 +233,11 @@ def extra_repr(self:DistillationLoss):
     return f'temperature={self.temperature}, alpha={self.alpha}, divergence={name}, standardize={self.standardize}'
 
 # %% ../nbs/01_losses.ipynb #17f7fb9b
-def _direction(x, dim=-1):
-    "`x` centred and scaled to length 1 along `dim`; what is constant becomes 0 and gets no gradient."
-    x = x - x.amax(dim, keepdim=True).detach()   # a shift changes nothing, and makes a constant exactly 0
-    x = x - x.mean(dim, keepdim=True)
+def _direction(x, there, dim=-1):
+    "`x` where it is `there`, centred and of length 1 along `dim`; a constant becomes 0, without gradient."
+    def kept(t): return t.masked_fill(~there, 0.)
+    x = kept(x - x.amax(dim, keepdim=True).detach())  # changes nothing; a constant is exactly 0
+    x = kept(x - x.sum(dim, keepdim=True) / there.sum(dim, keepdim=True).clamp(min=1))
     scale = x.abs().amax(dim, keepdim=True).detach()
     return F.normalize(x / scale.masked_fill(scale < 1e-30, math.inf), dim=dim)
 
@@ -239,7 +245,10 @@ def standardize(
     logits:Tensor # Raw scores, shape (B, C)
 ) -> Tensor:      # Each row with mean 0 and standard deviation 1, shape (B, C)
     "The z-score of each row, Sun et al. 2024; a constant row becomes 0."
-    return math.sqrt(logits.shape[-1]) * _direction(upcast(logits))
+    logits = upcast(logits)
+    there = logits != -math.inf
+    length = there.sum(-1, keepdim=True).sqrt()
+    return (length * _direction(logits, there)).masked_fill(~there, -math.inf)
 
 # %% ../nbs/01_losses.ipynb #3efc9e4a
 def reverse_kl_loss(
@@ -342,9 +351,13 @@ def _log_share(logits, temperature):
     return below - level - (total - total.detach())
 
 def _pearson_distance(log_a, log_b, dim):
-    "1 - Pearson correlation of exp(log_a) and exp(log_b) along `dim`."
-    a, b = (torch.expm1(x - x.amax(dim, keepdim=True).detach()) for x in (log_a, log_b))
-    return (_direction(a, dim) - _direction(b, dim)).square().sum(dim) / 2
+    "The mean of 1 - Pearson correlation of exp(log_a) and exp(log_b) along `dim`."
+    there = (log_a != -math.inf) | (log_b != -math.inf)  # what both mask is left out
+    def direction(x):
+        top = x.amax(dim, keepdim=True).detach()
+        return _direction(torch.expm1(x - top.masked_fill(top == -math.inf, 0.)), there, dim)
+    distance = (direction(log_a) - direction(log_b)).square().sum(dim) / 2
+    return distance.sum() / there.any(dim).sum()
 
 # %% ../nbs/01_losses.ipynb #e7b709d0
 def dist_loss(
@@ -357,5 +370,5 @@ def dist_loss(
     "Knowledge distillation from a stronger teacher, Huang et al. 2022."
     _check(student_logits, teacher_logits, temperature)
     log_q, log_p = (_log_share(l, temperature) for l in (student_logits, teacher_logits))
-    by_image, by_class = (_pearson_distance(log_q, log_p, dim).mean() for dim in (1, 0))
+    by_image, by_class = (_pearson_distance(log_q, log_p, dim) for dim in (1, 0))
     return temperature**2 * (inter * by_image + intra * by_class)

@@ -495,6 +495,40 @@ def test_a_class_that_only_the_student_masks_is_infinitely_far(name):
     value, grad = value_and_grad(lambda z: DIVERGENCES[name][0](z, v, 2., torch.tensor([0, 1, 2, 3])), hide(z, 4))
     assert grad.isfinite().all() and (value == math.inf) == (name in ('kd', 'nckd'))
 
+@every_loss
+def test_every_loss_leaves_out_a_class_that_is_masked_on_both_sides(name):
+    "Whichever rows mask it, and the same with label smoothing."
+    z, v, _ = draw(40, 6, 5, 2.)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    value, grad = value_and_grad(lambda z: losses(y)[name](z, hide(v, 3, 4)), hide(z, 3, 4))
+    want, want_grad = value_and_grad(lambda z: losses(y)[name](z, v[:, :3]), z[:, :3])
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(grad, F.pad(want_grad, (0, 2)))
+    z, v = z.clone(), v.clone()
+    for x in (z, v): x[:3, 4] = x[3:, 3] = -math.inf
+    value, grad = value_and_grad(lambda z: losses(y)[name](z, v), z)
+    assert value.isfinite() and grad.isfinite().all()
+
+@every_loss
+def test_no_gradient_is_nan_where_one_side_masks_a_class(name):
+    z, v, _ = draw(41, 6, 5, 2.)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    for student, teacher in ((z, hide(v, 4)), (hide(z, 4), v)):
+        value, grad = value_and_grad(lambda z: losses(y)[name](z, teacher), student)
+        assert not value.isnan() and grad.isfinite().all()
+
+def test_a_masked_class_gets_no_share_of_a_smoothed_label():
+    z, _, _ = draw(42, 4, 5, 2.)
+    y = torch.tensor([0, 1, UNLABELLED, 1])
+    torch.testing.assert_close(hard_loss(z, y, 0.1), F.cross_entropy(z, y, label_smoothing=0.1, reduction='sum') / 4)
+    value, grad = value_and_grad(lambda z: hard_loss(z, y, 0.1), hide(z, 2, 4))
+    want, want_grad = value_and_grad(lambda z: hard_loss(z, y, 0.1), z[:, [0, 1, 3]])
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(grad[:, [0, 1, 3]], want_grad)
+    assert grad[:, [2, 4]].abs().max() == 0
+    value, grad = value_and_grad(lambda z: hard_loss(z, y, 0.1), hide(z, 1))  # a label that the student masks
+    assert value == math.inf and grad.isfinite().all()
+
 def test_dkd_of_rows_with_a_single_class_left():
     "Where all classes but the target are masked there is nothing to rank."
     z, v, _ = draw(39, 2, 3, 2.)
