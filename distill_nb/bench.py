@@ -398,7 +398,7 @@ def make_work(
     if len(train) < B: raise ValueError(f'batch_size must be at most the number of training images, {len(train)}, but is {B}.')
     torch.manual_seed(0)
     teacher, student = (build_model(m, len(train.classes), p.channels, p.size) for m in (p.teacher, p.student))
-    if teacher_weights: load_weights(teacher, teacher_weights)
+    if teacher_weights: load_weights(teacher, teacher_weights, splits and train.classes)
     return Work(train, teacher, student, B, device), splits
 
 # %% ../nbs/bench.ipynb #a5b5bedf

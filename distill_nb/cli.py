@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'MOST', 'TYPES', 'COLUMNS', 'Preset', 'preset', 'free_folder', 'is_free', 'check_folder',
-           'pretrained_model', 'imagenet_normalisation', 'normalisation_of', 'normalised', 'make_teacher', 'Job',
-           'chosen_methods', 'answering', 'in_views', 'answering_teacher', 'make_settings', 'options_of', 'check_run',
-           'prepare', 'train_teacher', 'settings_of', 'run_setting', 'result_rows', 'table', 'show_setting', 'verdicts',
-           'draw_curves', 'draw_comparison', 'about_data', 'head_of', 'make_result', 'make_report', 'write_run',
-           'kept_if_worth', 'distill_nb', 'command_line', 'describe_answers', 'run_job', 'DataFreeJob', 'shape_of',
-           'prepare_data_free', 'data_free_rows', 'data_free_text', 'picture_of', 'draw_learning', 'run_data_free',
-           'distill_nb_data_free', 'run_command', 'main', 'main_data_free', 'main_bench']
+           'pretrained_model', 'imagenet_normalisation', 'normalisation_of', 'normalised', 'load_teacher',
+           'make_teacher', 'Job', 'chosen_methods', 'answering', 'in_views', 'answering_teacher', 'make_settings',
+           'options_of', 'check_run', 'prepare', 'train_teacher', 'settings_of', 'run_setting', 'result_rows', 'table',
+           'show_setting', 'verdicts', 'draw_curves', 'draw_comparison', 'about_data', 'head_of', 'make_result',
+           'make_report', 'write_run', 'kept_if_worth', 'distill_nb', 'command_line', 'describe_answers', 'run_job',
+           'DataFreeJob', 'shape_of', 'prepare_data_free', 'data_free_rows', 'data_free_text', 'picture_of',
+           'draw_learning', 'run_data_free', 'distill_nb_data_free', 'run_command', 'main', 'main_data_free',
+           'main_bench']
 
 # %% ../nbs/cli.ipynb #466baad6
 import base64, copy, html, inspect, json, math, shutil, sys, time, warnings
@@ -30,7 +31,7 @@ from .data_free import DATA_FREE, WAYS, Pictures, bn_layers, distill_without_dat
 from .logits import Result, agreement, check_teacher, compare, share_interval, text_table
 from .losses import DistillationLoss
 from .methods import METHODS, Task, choose, contender, rehearse
-from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, transfer_weights, write_atomic
+from .models import build_model, human, imagenet_weights, load_weights, profile_model, read_weights, save_weights, stored_classes, transfer_weights, write_atomic
 from .training import PRECISIONS, Recipe, Supervised, environment, evaluate, fit, fit_device, predict
 
 # %% ../nbs/cli.ipynb #0112bf81
@@ -100,14 +101,15 @@ def pretrained_model(
     channels:int, # Channels of an image
     size:int, # Height and width of an image
 )->torch.nn.Module: # To be fine-tuned
-    "A network with torchvision's ImageNet weights and, unless it tells a thousand classes apart, a new head."
+    "A network with torchvision's ImageNet weights; the head is new unless it has 1,000 outputs."
     model = build_model(name, classes, channels, size)
     tensors = imagenet_weights(name.removeprefix('torchvision:'), 'DEFAULT')
     try: changed = transfer_weights(model, tensors, f'The ImageNet file of {name}')
     except ValueError as e:
-        raise ValueError(f"{e} It is for colour or grey images of the size that the network was made for, "
-                         "mostly 224: give that as size, or teacher_weights='none'.") from None
-    print(f"teacher: ImageNet weights of {name}; {'; '.join(changed) or 'nothing is new'}", flush=True)
+        raise ValueError(f"{e} It is for colour or grey images of the size that the network was made "
+                         "for, mostly 224: give that as size, or teacher_weights='none'.") from None
+    said = '; '.join(changed) or 'nothing is new'
+    print(f'teacher: ImageNet weights of {name}; {said}', flush=True)
     return model
 
 # %% ../nbs/cli.ipynb #21c0421a
@@ -115,12 +117,12 @@ def imagenet_normalisation(
     name:str, # 'resnet50', 'torchvision:NAME', ...
     channels:int, # Channels of an image, 3 or 1
 )->tuple: # (mean, std) of each channel
-    "The normalisation that torchvision's ImageNet weights want; for grey images the average over the colours."
+    "What torchvision's ImageNet weights want; for grey images the average over the colours."
     from torchvision.models import get_model_weights
     name = name.removeprefix('torchvision:')
     norm = get_model_weights(name).DEFAULT.transforms()
     mean, std = norm.mean, norm.std
-    if name in ('googlenet', 'inception_v3'): mean = std = [0.5] * 3  # torchvision converts inside those
+    if name in ('googlenet', 'inception_v3'): mean = std = [0.5] * 3  # converted inside, there
     if channels == 1: mean, std = ([sum(v) / 3] for v in (mean, std))
     return tuple(mean), tuple(std)
 
@@ -147,6 +149,21 @@ def normalised(
     "The same images in another normalisation."
     return type(data)(*(split.with_normalisation(mean, std) for split in data))
 
+# %% ../nbs/cli.ipynb #c8e2abe2
+def load_teacher(
+    model:torch.nn.Module, # Network of the teacher; it takes the weights
+    weights:str, # A file
+    classes:list|None, # Names of the classes in the data; None: no data
+)->list|None: # Names of the classes in the order of the outputs; None where nothing tells
+    "Load a trained teacher, with its outputs in the order of the data's classes."
+    load_weights(model, weights, classes)
+    stored = stored_classes(read_weights(weights)[1], weights)
+    if classes is None: return stored
+    if stored not in (None, classes):
+        print(f'teacher: {weights} names the classes in another order than the data; '
+              'its outputs are in the order of the data now', flush=True)
+    return classes
+
 # %% ../nbs/cli.ipynb #6d8a31b7
 def make_teacher(
     name:str, # Name for `build_model`
@@ -160,7 +177,7 @@ def make_teacher(
         return pretrained_model(name, *shape), False, imagenet_normalisation(name, data.channels)
     model = build_model(name, *shape)
     if weights == 'none': return model, False, None
-    load_weights(model, weights)
+    load_teacher(model, weights, data.classes)
     return model, True, normalisation_of(weights, data.channels)
 
 # %% ../nbs/cli.ipynb #77e0649c
@@ -549,8 +566,11 @@ def write_run(
     candidates = {(s, n): found for s, (_, _, c) in settings.items() for n, found in c.students.items() if n != 'alone'}
     (setting, name), (accuracy, best) = max(candidates.items(), key=lambda item: item[1][0])
     architecture = preset(job.options['data'], job.data.train.size).student if job.options['student'] is None else job.options['student']
-    save_weights(best, folder/'student.safetensors', architecture=architecture, setting=setting, trained=name, valid_accuracy=accuracy, mean=job.data.train.mean, std=job.data.train.std)
-    save_weights(job.teacher, folder/'teacher.safetensors', mean=job.data.train.mean, std=job.data.train.std)
+    train = job.data.train
+    facts = {'classes': train.classes, 'mean': train.mean, 'std': train.std}
+    save_weights(best, folder/'student.safetensors', architecture=architecture, setting=setting,
+                 trained=name, valid_accuracy=accuracy, **facts)
+    save_weights(job.teacher, folder/'teacher.safetensors', **facts)
     recipe = json.loads((folder/'recipe.json').read_text())
     write_atomic(folder/'report.html', make_report(result, pictures, recipe).encode())
     write_atomic(folder/'result.json', _json(result))
@@ -660,6 +680,7 @@ class DataFreeJob(NamedTuple):
     teacher: torch.nn.Module # Trained
     student: torch.nn.Module # New
     shape: tuple     # Classes, channels and size of the teacher's images
+    names: list|None # Of the classes; None where neither data nor weights name them
     norm: tuple      # Their mean and std; (None, None) where the weights do not name them
     data: tuple|None # Splits to measure by
     recipe: Recipe
@@ -698,13 +719,13 @@ def prepare_data_free(
     with torch.random.fork_rng([]):
         torch.manual_seed(o['seed'])
         student, teacher = build_model(o['student'], *shape), build_model(o['teacher'], *shape)
-    load_weights(teacher, o['teacher_weights'])
+    names = load_teacher(teacher, o['teacher_weights'], data and data.train.classes)
     norm = normalisation_of(o['teacher_weights'], shape[1]) or (None, None)
     if not bn_layers(teacher): raise ValueError("the teacher must have batch-norm layers, whose statistics guide the images, but has none; from Python, `distill_without_data(..., statistics=0.)` does without.")
     if not predict(teacher, Pictures(torch.zeros(2, shape[1], shape[2], shape[2]), shape[0])).isfinite().all(): raise ValueError(f"the teacher gives logits that are not finite: the weights of {o['teacher_weights']!r} are damaged.")
     if data is not None and norm[0]: data = normalised(data, *norm)
     if data is not None: check_teacher(teacher, data.valid)
-    return DataFreeJob(teacher, student, shape, norm, data, recipe, options, device)
+    return DataFreeJob(teacher, student, shape, names, norm, data, recipe, options, device)
 
 # %% ../nbs/cli.ipynb #74fe3539
 def data_free_rows(
@@ -786,7 +807,8 @@ def run_data_free(
     result = head_of(folder.name, command, about, job.device, 1, time.perf_counter() - start, resumed) | {'rows': rows}
     write_atomic(folder/'images.png', _png(picture_of(made.images[-40:], mean, std)))
     write_atomic(folder/'curves.png', _png(draw_learning(made.history)))
-    save_weights(job.student, folder/'student.safetensors', architecture=job.options['student'], trained='data_free', **({} if mean is None else {'mean': mean, 'std': std}))
+    save_weights(job.student, folder/'student.safetensors', architecture=job.options['student'],
+                 trained='data_free', classes=job.names, **({} if mean is None else {'mean': mean, 'std': std}))
     write_atomic(folder/'result.json', _json(result))
     print(data_free_text(rows, len(made.images)) + f"\n\nimages: {folder/'images.png'}\nstudent: {folder/'student.safetensors'}")
     return Result(result)

@@ -496,7 +496,8 @@ def head_input(
 )->str: # A name for `tap`
     "The name of what goes into the head."
     try: return f'{head_name(model)}:input'
-    except ValueError as e: raise ValueError(f'{e} Name the layers in a `FeatureDistill`.') from None
+    except ValueError as e:
+        raise ValueError(f'{e} Name the layers in a `FeatureDistill`.') from None
 
 def _customary(name, student, teacher):
     "The term of this name between its customary layers."

@@ -7,9 +7,10 @@ __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56'
            'wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2', 'resnet18', 'resnet34', 'resnet50', 'conv', 'conv_bn_relu',
            'digit_student', 'digit_teacher', 'BasicBlock', 'stage', 'StagedNet', 'CifarResNet', 'PreActBlock',
            'WideResNet', 'imagenet_weights', 'head_name', 'stem_name', 'adapt_weights', 'check_weights',
-           'transfer_weights', 'torchvision_resnet', 'set_stem', 'write_atomic', 'fingerprint', 'pack_weights',
-           'save_weights', 'read_weights', 'load_weights', 'model_names', 'build_model', 'count_macs',
-           'measure_latency', 'ModelCost', 'eval_mode', 'profile_model', 'human', 'cost_table', 'plot_costs']
+           'transfer_weights', 'torchvision_resnet', 'set_stem', 'write_atomic', 'fingerprint', 'stored_classes',
+           'pack_weights', 'save_weights', 'read_weights', 'class_order', 'load_weights', 'model_names', 'build_model',
+           'count_macs', 'measure_latency', 'ModelCost', 'eval_mode', 'profile_model', 'human', 'cost_table',
+           'plot_costs']
 
 # %% ../nbs/03_models.ipynb #794a010f
 import copy, difflib, hashlib, json, os, re, statistics, time
@@ -195,7 +196,8 @@ def imagenet_weights(
         raise ValueError(f"weights must be None, a file or one of {', '.join(known)}, but is '{weights}'.")
     url = known[weights].url
     place = Path(torch.hub.get_dir())/'checkpoints'/url.split('/')[-1]
-    try: return _current(known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True))
+    load = partial(known[weights].get_state_dict, progress=True, check_hash=True, weights_only=True)
+    try: return _current(load())
     except OSError as e:
         raise ValueError(f"weights='{weights}' could not be downloaded ({e}). "
                          f'Download {url} and save it as {place}.') from e
@@ -207,16 +209,17 @@ def head_name(
     model:nn.Module,       # Network that ends in a linear layer or in a 1x1 convolution
     classes:int|None=None, # Outputs that the head must have; None: whatever it has
 ) -> str:                  # Name of the layer, e.g. 'fc'
-    "The name of the layer that gives the logits; with `classes`, no other layer may have as many outputs"
+    "The layer that gives the logits; with `classes`, no other layer may have as many outputs"
     layers = {name: m.out_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     layers = layers or {name: m.out_channels for name, m in model.named_modules()
                         if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)}
     found = [name for name, n in layers.items() if classes in (None, n)]
     kind = f'a {type(model).__name__}'
-    if not layers: raise ValueError(f'model, {kind}, has no linear layer and no 1x1 convolution as its head.')
+    if not layers:
+        raise ValueError(f'model, {kind}, has no linear layer and no 1x1 convolution as its head.')
     if not found or classes and found[1:]:
-        raise ValueError(f'model, {kind}, must have one linear layer with {classes} outputs as its head, '
-                         f'but has {len(found)}.')
+        raise ValueError(f'model, {kind}, must have one linear layer with {classes} outputs as its '
+                         f'head, but has {len(found)}.')
     return found[-1]
 
 # %% ../nbs/03_models.ipynb #d577d245
@@ -228,7 +231,7 @@ def stem_name(
 
 def adapt_weights(
     model:nn.Module, # Network that is to take the weights
-    tensors:dict,    # Weights of the same architecture, perhaps for other classes or for colour images
+    tensors:dict,    # Weights of this architecture, perhaps for other classes or colour images
 ) -> tuple:          # Weights for `model`, and in words what they have of their own
     "Keep the model's own head where the other one is for other classes; sum the stem's colours for grey"
     own, tensors, changed = model.state_dict(), dict(tensors), []
@@ -236,7 +239,8 @@ def adapt_weights(
     if (key := f'{head}.weight') in tensors and len(tensors[key]) != len(own[key]):
         tensors |= {k: t for k, t in own.items() if k.startswith(f'{head}.')}
         changed.append(f'the head ({head}) is new')
-    if (key := f'{stem}.weight') in tensors and (own[key].shape[1], tensors[key].shape[1]) == (1, 3):
+    key = f'{stem}.weight'
+    if key in tensors and (own[key].shape[1], tensors[key].shape[1]) == (1, 3):
         tensors[key] = tensors[key].sum(1, keepdim=True)
         changed.append(f'the stem ({stem}) sums its three colours')
     return tensors, changed
@@ -265,7 +269,7 @@ def _put(model, tensors, source):
 
 def transfer_weights(
     model:nn.Module, # Network that takes the weights; it stays as it is if they do not fit
-    tensors:dict,    # Weights of the same architecture, perhaps for other classes or for colour images
+    tensors:dict,    # Weights of this architecture, perhaps for other classes or colour images
     source:str,      # Where they come from, for the message
 ) -> list:           # In words what the model has of its own: 'the head (fc) is new', ...
     "Load weights that were made for other classes, or for colour images where these are grey"
@@ -340,26 +344,46 @@ def fingerprint(
     if metadata: h.update(json.dumps(metadata, sort_keys=True).encode())
     return h.hexdigest()[:16]
 
+# %% ../nbs/03_models.ipynb #a785ce41
+def _different_names(classes, name):
+    ok = isinstance(classes, (list, tuple)) and all(isinstance(c, str) for c in classes)
+    if not ok or len(set(classes)) < len(classes):
+        raise ValueError(f'{name} must be a list of different names, but is {classes!r:.200}.')
+    return list(classes)
+
+def stored_classes(
+    metadata:dict, # As `read_weights` gives it
+    source:str,    # File that it comes from, for the message
+) -> list|None:    # Names in the order of the outputs; None where the file has none
+    "The names of the classes in a file of weights"
+    if 'classes' not in metadata: return None
+    try: names = json.loads(metadata['classes'])
+    except ValueError: names = metadata['classes']
+    return _different_names(names, f"The metadata 'classes' of '{source}'")
+
 # %% ../nbs/03_models.ipynb #6893cf65
 def pack_weights(
     model:nn.Module, # Network to save
+    classes=None,    # Names of the classes, in the order of the outputs
     **metadata,      # Facts to keep beside the weights; the values become text
 ) -> bytes:          # A safetensors file
     "Weights, buffers and facts, with a fingerprint of them all, as the bytes of a file"
     from safetensors.torch import save
     tensors = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in model.state_dict().items()}
     facts = {k: str(v) for k, v in metadata.items() if k != 'fingerprint'}
+    if classes is not None: facts['classes'] = json.dumps(_different_names(classes, 'classes'))
     return save(tensors, facts | {'fingerprint': fingerprint(tensors, facts)})
 
 # %% ../nbs/03_models.ipynb #fa986ab8
 def save_weights(
     model:nn.Module, # Network to save
     path,            # File to write, ending in .safetensors
+    classes=None,    # Names of the classes, in the order of the outputs, e.g. `data.classes`
     **metadata,      # Facts to keep beside the weights; the values become text
 ):
     "Save weights and buffers of `model`: a run killed meanwhile leaves the old file whole"
     if Path(path).suffix != '.safetensors': raise ValueError(f"path must end in .safetensors, but is '{path}'.")
-    write_atomic(path, pack_weights(model, **metadata))
+    write_atomic(path, pack_weights(model, classes, **metadata))
 
 # %% ../nbs/03_models.ipynb #d2263af8
 def _check_fingerprint(tensors, metadata):
@@ -399,13 +423,40 @@ def read_weights(
     except Exception as e:
         raise ValueError(f"'{path}' is damaged or is not a file of weights: {_reason(e)}") from e
 
+# %% ../nbs/03_models.ipynb #62e135ec
+def class_order(
+    stored:list, # Names of the classes in the order of the file
+    wanted:list, # Names of the same classes in the order that is wanted
+    source:str,  # Where the first come from, for the message
+) -> list:       # Position in the file of each wanted class
+    "Where each class stands in a file of weights; other classes are refused"
+    place, known = {c: i for i, c in enumerate(stored)}, set(wanted)
+    parts = {'only the file has': [c for c in stored if c not in known],
+             'only the data have': [c for c in wanted if c not in place]}
+    some = lambda names: ', '.join(map(repr, names[:5])) + f', {len(names) - 5} more' * bool(names[5:])
+    said = '; '.join(f'{which} {some(names)}' for which, names in parts.items() if names)
+    if said: raise ValueError(f"'{source}' holds weights for other classes than the data: {said}.")
+    return [place[c] for c in wanted]
+
+def _in_order(model, tensors, order, source):
+    try: head = head_name(model, len(order))
+    except ValueError as e:
+        raise ValueError(f"'{source}' has the classes in another order than the data. {e}") from None
+    keys = [k for k, _ in model.get_submodule(head).named_parameters(head)]
+    return tensors | {k: tensors[k][order] for k in keys}
+
 # %% ../nbs/03_models.ipynb #553f5039
 def load_weights(
     model:nn.Module, # Network that takes the weights; it stays as it is if they do not fit
     path,            # File of weights
+    classes=None,    # Names of the classes in the order of the outputs; None: in that of the file
 ) -> nn.Module:      # The same network
-    "Load the weights in `path` into `model`"
-    tensors, _ = read_weights(path)
+    "Load the weights in `path` into `model`, the head in the order of `classes` if `path` names them"
+    tensors, metadata = read_weights(path)
+    stored = None if classes is None else stored_classes(metadata, path)
+    order = stored and class_order(stored, _different_names(classes, 'classes'), path)
+    check_weights(model, tensors, f"'{path}'")
+    if order and order != sorted(order): tensors = _in_order(model, tensors, order, path)
     _put(model, tensors, f"'{path}'")
     return model
 

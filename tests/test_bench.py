@@ -109,6 +109,12 @@ def test_the_race_is_run_on_real_images_until_the_accuracy_is_reached(tmp_path, 
     assert rows[-1]['accuracy'] >= rows[0]['accuracy'] or len(rows) == 1 + len(bench.LENGTHS)
 
 
+def test_a_teacher_of_other_classes_is_refused_where_there_are_real_images(tmp_path):
+    save_weights(build_model('digit_teacher', 10, 1, 8), path := tmp_path/'teacher.safetensors', classes=list('abcdefghij'))
+    make_work('digits', 64, CPU, teacher_weights=str(path))  # noise has no classes
+    with pytest.raises(ValueError, match="other classes than the data: only the file has 'a'"): make_work('digits', 64, CPU, 'digits', teacher_weights=str(path))
+
+
 @pytest.mark.parametrize('argv,said', [
     (['--pair', 'cats'], 'pair'), (['--steps', 0], 'steps'), (['--batch_size', 1], 'batch_size'), (['--device', 'abacus'], 'device'), (['--to_accuracy', -1], 'to_accuracy'),
     (['--to_accuracy', 2], 'teacher_weights'), (['--data', 'folder:/nowhere'], '/nowhere'), (['--pair', 'cifar', '--data', 'digits'], 'channels'), (['--pair', 'digits', '--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'),

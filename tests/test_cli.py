@@ -8,7 +8,7 @@ from PIL import Image
 
 from distill_nb import cli
 from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, imagenet_normalisation, make_teacher, pretrained_model, run_command, table, text_table, verdicts
-from distill_nb.data import ImageData, digits
+from distill_nb.data import ImageData, digits, load_data
 from distill_nb.logits import interval, share_interval, stored_result
 from distill_nb.models import build_model, load_weights, read_weights, resnet18, save_weights
 from distill_nb.training import evaluate
@@ -400,6 +400,22 @@ def test_a_teacher_from_imagenet_weights_sees_images_as_these_want_them(tmp_path
         x = torch.randint(0, 256, (20, channels, 32, 32), dtype=torch.uint8)
         _, trained, (found, _) = make_teacher('torchvision:squeezenet1_1', 'imagenet', ImageData(x, torch.arange(20) % 2, ['a', 'b']))
         assert not trained and found[0] == pytest.approx(mean) and len(found) == channels
+
+
+def test_weights_name_their_classes_and_another_order_is_no_matter(tmp_path, capsys):
+    first, renamed = photos(tmp_path/'first'), photos(tmp_path/'second', classes=('cat', 'dog', 'owl'))
+    argv = ['--teacher', 'digit_teacher', '--student', 'digit_student', '--epochs', 4, '--seeds', 1, '--labels', 0, '--temperature', 4, '--alpha', 0.9, '--lr', 0.02, '--batch_size', 8]
+    assert command('--data', f'folder:{first}', *argv, '--out', tmp_path/'run') == 0
+    files = [tmp_path/'run'/f'{who}.safetensors' for who in ('teacher', 'student')]
+    assert all(json.loads(read_weights(f)[1]['classes']) == ['cat', 'dog', 'owl'] for f in files)
+    train = load_data(f'folder:{first}').train
+    x, right = train.get(torch.arange(len(train))).x, [make_teacher('digit_teacher', str(files[0]), d)[0].eval() for d in (train, ImageData(train.x, train.y, ['owl', 'cat', 'dog']))]
+    assert 'names the classes in another order than the data' in capsys.readouterr().out
+    with torch.no_grad(): assert torch.allclose(right[1](x), right[0](x)[:, [2, 0, 1]], atol=1e-5)
+    for split in ('train', 'test'): (renamed/split/'dog').rename(renamed/split/'hound')
+    assert command('--data', f'folder:{renamed}', *argv, '--teacher_weights', files[0], '--out', tmp_path/'other') == 2
+    err = capsys.readouterr().err
+    assert "only the file has 'dog'; only the data have 'hound'" in err and err.count('\n') == 1 and not (tmp_path/'other').exists()
 
 
 def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):

@@ -100,6 +100,22 @@ def test_a_normalisation_that_is_not_known_is_not_learned_from_the_data(teacher,
     assert same(weights(tmp_path/'blind'/'student.safetensors'), weights(tmp_path/'seen'/'student.safetensors'))
 
 
+def test_the_names_of_the_classes_go_from_the_teacher_to_the_student(teacher, blind, tmp_path, capsys):
+    model, names = load_weights(build_model('digit_teacher', 10, 1, 8), teacher), digits().train.classes
+    facts = {k: json.loads(v) for k, v in read_weights(teacher)[1].items() if k in ('mean', 'std')}
+    save_weights(model, tmp_path/'named.safetensors', classes=names, **facts)
+    with torch.no_grad():
+        for p in model.fc.parameters(): p.copy_(p.flip(0))
+    save_weights(model, tmp_path/'turned.safetensors', classes=names[::-1], **facts)
+    stored = lambda out: json.loads(read_weights(tmp_path/out/'student.safetensors')[1].get('classes', 'null'))
+    run = lambda file, out, *more: command(*PAIR, *more, '--teacher_weights', tmp_path/f'{file}.safetensors', '--steps', 5, '--out', tmp_path/out)
+    assert run('turned', 'blind', *SHAPE) == 0 and stored('blind') == names[::-1]
+    for file in ('named', 'turned'): assert run(file, file, '--data', 'digits') == 0 and stored(file) == names
+    assert 'names the classes in another order' in capsys.readouterr().out
+    assert same(weights(tmp_path/'named'/'student.safetensors'), weights(tmp_path/'turned'/'student.safetensors'))
+    assert 'classes' not in read_weights(blind/'student.safetensors')[1]
+
+
 @pytest.mark.parametrize('channels', [1, 2, 3, 4])
 def test_pictures_of_any_channels(channels):
     for norm in ((None, None), ([0.5] * channels, [0.2] * channels)): assert len(picture_of(torch.randn(7, channels, 8, 8), *norm).axes) == 10

@@ -1,5 +1,5 @@
 "Models: their counts, what they cost, that they run, and their weights on disk."
-import errno, os, pickle, signal, subprocess, sys, time
+import errno, json, os, pickle, signal, subprocess, sys, time
 from urllib.error import URLError
 
 import pytest, torch
@@ -381,6 +381,65 @@ def test_fingerprint_sees_every_part():
     assert M.fingerprint(dict(reversed(t.items()))) == prints[0], 'the order of a dict is no part of its content'
     assert M.fingerprint({'w': torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)}) == M.fingerprint({'w': torch.ones(2, 3, 4, 4)})
     assert M.fingerprint({'h': torch.ones(3, dtype=torch.bfloat16), 'e': torch.ones(0)})
+
+
+# The names of the classes
+
+NAMES = ['cat', 'dog', 'owl', 'eel', 'ant']
+
+
+@pytest.mark.parametrize('build', [lambda: M.digit_student(5, 3), lambda: M.build_model('torchvision:squeezenet1_1', 5, size=32), lambda: M.build_model('torchvision:vit_b_16', 5, size=32),
+                                   lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 5, bias=False))])
+def test_the_outputs_follow_the_names(build, tmp_path):
+    torch.manual_seed(0)
+    old, path, x = build().eval(), tmp_path/'w.safetensors', torch.rand(4, 3, 32, 32)
+    nn.init.normal_(old.get_submodule(M.head_name(old)).weight)
+    M.save_weights(old, path, classes=tuple(NAMES), mean=[0.5])
+    assert M.stored_classes(M.read_weights(path)[1], path) == NAMES
+    order = [3, 0, 4, 1, 2]
+    with torch.no_grad():
+        for kw, expected in (({'classes': [NAMES[i] for i in order]}, old(x)[:, order]), ({'classes': NAMES}, old(x)), ({}, old(x))):
+            assert torch.allclose(M.load_weights(build(), path, **kw).eval()(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_other_classes_are_refused_and_the_difference_is_listed(tmp_path):
+    path, model = tmp_path/'w.safetensors', M.digit_student(5)
+    M.save_weights(M.digit_student(5), path, classes=NAMES)
+    before = bits(model)
+    for wanted, said in ((['cat', 'dog', 'owl', 'eel', 'bee'], "only the file has 'ant'; only the data have 'bee'"), (NAMES[:4], "for other classes than the data: only the file has 'ant'."),
+                         (NAMES + list('abcdefg'), "only the data have 'a', 'b', 'c', 'd', 'e', 2 more"), (['Cat'] + NAMES[1:], "'cat'; only the data have 'Cat'")):
+        with pytest.raises(ValueError) as e: M.load_weights(model, path, classes=wanted)
+        assert said in str(e.value) and 'w.safetensors' in str(e.value) and same(bits(model), before)
+
+
+def test_files_without_names_load_in_their_own_order(tmp_path):
+    old = M.digit_student(5)
+    M.save_weights(old, tmp_path/'w.safetensors')
+    torch.save(old.state_dict(), tmp_path/'w.pth')
+    for name in ('w.safetensors', 'w.pth'): assert same(dict(M.load_weights(M.digit_student(5), tmp_path/name, NAMES).state_dict()), dict(old.state_dict()))
+    assert M.stored_classes(M.read_weights(tmp_path/'w.pth')[1], 'w.pth') is None
+    with pytest.raises(ValueError, match='fc.weight is 5x32 but must be 4x32'): M.load_weights(M.digit_student(4), tmp_path/'w.safetensors', NAMES[:4])
+
+
+def test_where_the_head_is_not_clear_another_order_is_refused(tmp_path):
+    two = lambda: nn.ModuleDict({'head': nn.Linear(8, 5), 'head_dist': nn.Linear(8, 5)})
+    path, model = tmp_path/'w.safetensors', two()
+    M.save_weights(two(), path, classes=NAMES)
+    before = bits(model)
+    with pytest.raises(ValueError, match='another order than the data. model, a ModuleDict, must have one linear layer with 5 outputs'): M.load_weights(model, path, NAMES[::-1])
+    assert same(bits(model), before)
+    M.load_weights(model, path, NAMES)
+
+
+@pytest.mark.parametrize('bad', [5, 'cat', ['cat', 'cat'], [1, 2], {'cat': 0}])
+def test_names_must_be_a_list_of_different_words(bad, tmp_path):
+    from safetensors.torch import save_file
+    model, path = M.digit_student(2), tmp_path/'w.safetensors'
+    with pytest.raises(ValueError, match='classes must be a list of different names, but is '): M.save_weights(model, path, classes=bad)
+    assert not path.exists()
+    save_file(model.state_dict(), path, {'classes': json.dumps(bad)})
+    with pytest.raises(ValueError, match="classes' of '.*w.safetensors' must be a list of different names"): M.load_weights(model, path, ['cat', 'dog'])
+    M.load_weights(model, path)
 
 
 # Weights from elsewhere
