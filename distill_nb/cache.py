@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .data import Batch, mix, progress_bar
+from .losses import TopK, top_k
 from .models import human
 from .training import (PRECISIONS, Frozen, best_precision, check_classes, describe, fit_device,
                                  image_order, placed)
@@ -24,7 +25,7 @@ from .training import (PRECISIONS, Frozen, best_precision, check_classes, descri
 # %% ../nbs/06_cache.ipynb #0e90b47e
 @dataclass(frozen=True)
 class Form:
-    "What is kept of an answer: all its logits, or the `top` largest and what the others weigh together."
+    "What is kept of an answer: all its logits, or the `top` largest and one bucket for the others."
     classes: int             # Logits of an answer
     dtype: str = 'float16'   # 'float16', 'bfloat16' or 'float32'
     top: int|None = None     # Keep this many logits; None keeps all
@@ -43,30 +44,41 @@ class Form:
 
 # %% ../nbs/06_cache.ipynb #53f8e6ce
 @patch
+def shorten(self:Form,
+    logits:Tensor, # The teacher's answers in full, shape (B, C)
+)->Tensor|TopK: # All of them, or the largest and a bucket
+    "What of an answer is to be kept, not rounded yet."
+    return logits if self.top is None else top_k(logits.float(), self.top, self.temperature)
+
+@patch
 def pack(self:Form,
-    logits:Tensor, # The teacher's answers, shape (B, C)
+    answer:Tensor|TopK, # From `shorten`
 )->Tensor: # int16, shape (B, words)
     "Answers as records."
     dtype = getattr(torch, self.dtype)
-    if self.top is None: return logits.to(dtype).contiguous().view(torch.int16)
-    best, place = logits.float().topk(self.top)  # (B, C) -> (B, top)
-    others = logits.float().scatter(1, place, -math.inf)/self.temperature
-    level = self.temperature*(others.logsumexp(1, keepdim=True) - math.log(self.classes - self.top))  # (B, 1)
-    place = place.to(torch.int16 if self.classes <= 2**15 else torch.int32)
-    return torch.cat([t.contiguous().view(torch.int16) for t in (best.to(dtype), place, level)], 1)
+    if self.top is None: return answer.to(dtype).contiguous().view(torch.int16)
+    place = answer.places.to(torch.int16 if self.classes <= 2**15 else torch.int32)
+    parts = answer.values.to(dtype), place, answer.tail.float()
+    return torch.cat([t.contiguous().view(torch.int16) for t in parts], 1)
 
 # %% ../nbs/06_cache.ipynb #5f8c2cc8
 @patch
 def unpack(self:Form,
     records:Tensor, # int16, shape (B, words)
-)->Tensor: # Logits in float32, shape (B, C)
+)->Tensor|TopK: # Logits in float32, shape (B, C), or the largest and a bucket
     "Records as answers."
     dtype = getattr(torch, self.dtype)
     if self.top is None: return records.contiguous().view(dtype).float()
     n = self.top*dtype.itemsize//2
-    best, place, level = records[:, :n], records[:, n:-2], records[:, -2:]
-    place = place.contiguous().view(torch.int16 if self.classes <= 2**15 else torch.int32).long()
-    return level.contiguous().view(torch.float32).repeat(1, self.classes).scatter(1, place, best.contiguous().view(dtype).float())
+    best, place, tail = (t.contiguous() for t in (records[:, :n], records[:, n:-2], records[:, -2:]))
+    place = place.view(torch.int16 if self.classes <= 2**15 else torch.int32).long()
+    return TopK(best.view(dtype).float(), place, tail.view(torch.float32))
+
+def _tensors(
+    answer:Tensor|TopK, # From `Form.unpack`
+)->tuple:
+    "The tensors of an answer: itself, or the three of a `TopK`."
+    return tuple(answer) if isinstance(answer, TopK) else (answer,)
 
 # %% ../nbs/06_cache.ipynb #55e5b26c
 def checksum(
@@ -213,7 +225,7 @@ def write(self:Answers,
 @patch
 def read(self:Answers,
     rows:Tensor, # Known rows, shape (B,)
-)->Tensor: # Logits in float32, shape (B, C)
+)->Tensor|TopK: # Logits in float32, shape (B, C), or the largest and a bucket
     "The answers of these rows."
     return self.form.unpack(self.table[rows][:, :-2])
 
@@ -233,8 +245,8 @@ class CachedTeacher(Frozen):
         path:str|Path|None=None, # Folder for the files of answers, for any number of teachers and data sets; None keeps them in memory
         views:int|None=None, # Show only this many views of each image; None: as many as `data` shows
         dtype:str='float16', # In which logits are kept: 'float16', 'bfloat16' or 'float32'
-        top:int|None=None, # Keep only this many logits and the weight of the others, for many classes
-        temperature:float=4., # At which that weight is exact; only with `top`
+        top:int|None=None, # Keep only this many logits and one bucket for the others, for many classes
+        temperature:float=4., # Of the loss that will use them; only with top
     ):
         super().__init__(teacher.model if isinstance(teacher, Frozen) else teacher)
         self.data = data if views is None else data.replace(views=views)
@@ -298,7 +310,7 @@ def _table(self:CachedTeacher, device, kinds):
 def _open(self:CachedTeacher, precision):
     "The answers in a precision: from the file, or none yet."
     form = {k: v for k, v in asdict(self.form).items() if k != 'temperature' or self.form.top}
-    about = {'format': 1, 'teacher': self.fingerprint(), 'data': self.data.fingerprint(labels=False), 'images': len(self.data), 'precision': precision, 'form': form}
+    about = {'format': 2 if self.form.top else 1, 'teacher': self.fingerprint(), 'data': self.data.fingerprint(labels=False), 'images': len(self.data), 'precision': precision, 'form': form}
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16] + '.answers'
     return Answers(self.rows, self.form, None if self._path is None else self._path/name, about)
 
@@ -340,13 +352,15 @@ def _given(self:CachedTeacher, batch, rows):
 @torch.no_grad()
 def forward(self:CachedTeacher,
     batch:Batch, # Of `data`; index -1 where `x` is no image of it
-)->Tensor: # Logits in float32, shape (B, C)
+)->Tensor|TopK: # Logits in float32, shape (B, C); with `top` the largest and a bucket
     "The teacher's answers: kept ones where there are any, and the teacher's own for the rest."
     table, rows, outside = self._rows(batch)
     self._count['answered'] += len(rows)
     look, self._look = self._look > 0, max(0, self._look - 1)
     if self._promised and not (look or table.left) and batch.x.device.type != 'cpu':
-        return table.read(rows).masked_fill(outside[:, None], math.nan)  # without waiting for the device
+        answers = table.read(rows)  # without waiting for the device
+        _tensors(answers)[0].masked_fill_(outside[:, None], math.nan)
+        return answers
     if outside.any(): self._promised = False
     ask = table.missing(rows) | outside
     own = ~outside if look else ask & ~outside
@@ -371,11 +385,14 @@ def _answer(self:CachedTeacher, batch, table, rows, ask, outside):
     if some is not batch and batch.x.is_contiguous(memory_format=torch.channels_last): some = some._replace(x=some.x.contiguous(memory_format=torch.channels_last))
     logits = Frozen.forward(self, some).float()
     self._count['asked'] += len(logits)
-    records = table.form.pack(logits)
+    exact = table.form.shorten(logits)
+    records = table.form.pack(exact)
     quoted = table.form.unpack(records)  # what will be read the next time
-    keep = quoted.isfinite().all(1) & ~outside[ask]
+    keep = ~outside[ask]
+    for part in _tensors(quoted): keep = keep & part.isfinite().all(1)
     table.write(rows[ask][keep], records[keep])
-    out[ask] = quoted.where(keep[:, None], logits)
+    for into, *parts in zip(*map(_tensors, (out, quoted, exact))):
+        into[ask] = parts[0].where(keep[:, None], parts[1])
     return out
 
 # %% ../nbs/06_cache.ipynb #c4742e0c

@@ -161,9 +161,17 @@ class Distill(Objective):
         check_classes(self.model, data, 'the student')
         if self.model is self.teacher.model: raise ValueError('the student must be another module than the teacher, which is frozen; use copy.deepcopy(teacher).')
         self.teacher.check(data)
-        if self.teacher.exact_at not in (None, self.loss.temperature): warnings.warn(f'the teacher keeps its largest logits for temperature {self.teacher.exact_at:g}, but is used at {self.loss.temperature:g}: the weight of the others is wrong there. Make the CachedTeacher with temperature={self.loss.temperature:g}.', stacklevel=2)
+        if self.teacher.exact_at is not None and self.loss.alpha > 0: self._check_top()
         if self._examine: check_teacher(self.teacher, data if valid is None else valid)
         else: check_classes(self.teacher.model, data, 'the teacher')
+
+    def _check_top(self):
+        "The loss can be computed from the largest logits, at the temperature for which they were kept."
+        self.loss.check_top()
+        kept, T = self.teacher.exact_at, self.loss.temperature
+        if kept != T:
+            raise ValueError(f'temperature must be {kept:g}, for which the teacher keeps its largest logits and the '
+                             f'weight of the others, but is {T:g}. Make the CachedTeacher with temperature={T:g}.')
 
 # %% ../nbs/05_logits.ipynb #6a2890fc
 def interval(

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UNLABELLED', 'upcast', 'log_soften', 'must', 'number', 'check_temperature', 'check_rows', 'check_logits',
            'check_weight', 'kd_loss', 'hard_loss', 'DistillationLoss', 'standardize', 'reverse_kl_loss', 'jsd_loss',
-           'dkd_loss', 'dist_loss']
+           'dkd_loss', 'dist_loss', 'TopK', 'top_k', 'collapse']
 
 # %% ../nbs/01_losses.ipynb #514956bc
 import inspect, math, numbers, zlib
 from functools import partial
+from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -250,11 +251,12 @@ class DistillationLoss(nn.Module):
 @patch
 def soft(self:DistillationLoss,
     student_logits:Tensor, # Raw scores, shape (B, C)
-    teacher_logits:Tensor, # Raw scores, shape (B, C)
+    teacher_logits:Tensor, # Raw scores, shape (B, C), or their k largest as a TopK
     labels:Tensor=None     # Shape (B,); only for a divergence that wants them
 )->Tensor: # A scalar
     "The divergence from the teacher, without its weight."
     logits = student_logits, teacher_logits
+    if isinstance(teacher_logits, tuple): logits = self.collapsed(*logits)  # a `TopK`: see below
     if self.standardize: logits = [standardize(l) for l in logits]
     more = dict(labels=labels) if self.wants_labels else {}
     return self.divergence(*logits, temperature=self.temperature, **more)
@@ -434,3 +436,52 @@ def dist_loss(
     log_q, log_p = (_log_share(l, temperature) for l in (student_logits, teacher_logits))
     by_image, by_class = (_pearson_distance(log_q, log_p, dim) for dim in (1, 0))
     return temperature**2 * (inter * by_image + intra * by_class)
+
+# %% ../nbs/01_losses.ipynb #740cbda6
+class TopK(NamedTuple):
+    "A teacher's k largest logits, and one bucket for all other classes."
+    values: Tensor # The largest logits, shape (B, k)
+    places: Tensor # Their classes, int64, shape (B, k)
+    tail: Tensor   # The bucket's logit at the temperature of the loss, shape (B, 1)
+
+def _tail(logits, places, temperature):
+    "The logit of a bucket that holds all classes but `places`: (B, C) -> (B, 1)"
+    others = upcast(logits).scatter(1, places, -math.inf)
+    return temperature * (others / temperature).logsumexp(1, keepdim=True)
+
+def top_k(
+    logits:Tensor,        # Raw scores, shape (B, C)
+    k:int,                # From 1 to C - 1
+    temperature:float=1.0 # T > 0, of the loss that will be computed
+) -> TopK:
+    "The k largest logits of each row and a bucket for the rest."
+    values, places = upcast(logits).topk(k)
+    return TopK(values, places, _tail(logits, places, temperature))
+
+def collapse(
+    student_logits:Tensor, # Raw scores, shape (B, C)
+    teacher:TopK,          # Of the same temperature
+    temperature:float=1.0  # T > 0
+) -> tuple:                # Logits of student and teacher over the same k + 1 classes, shape (B, k+1) each
+    "Teacher and student with all classes that the teacher does not name merged into one."
+    mine = student_logits.gather(1, teacher.places), _tail(student_logits, teacher.places, temperature)
+    return torch.cat(mine, 1), torch.cat([teacher.values, teacher.tail], 1)
+
+# %% ../nbs/01_losses.ipynb #c8f331d8
+@patch
+def check_top(self:DistillationLoss):
+    "Raise a `ValueError` if this loss needs the teacher's logits for every class."
+    name = getattr(getattr(self.divergence, 'func', self.divergence), '__name__', '')
+    why = ('standardize=True' if self.standardize else
+           name if self.wants_labels or name == 'dist_loss' else None)
+    if why: raise ValueError(f"the teacher must give the logits of all classes for {why}, but gives its largest "
+                             "and one bucket for the rest (TopK): kd_loss, reverse_kl_loss and jsd_loss take those.")
+
+@patch
+def collapsed(self:DistillationLoss,
+    student_logits:Tensor, # Raw scores, shape (B, C)
+    teacher:TopK           # The teacher's answers
+) -> tuple:                # Two tensors of shape (B, k+1)
+    "`collapse` at this loss's temperature, if the divergence can be computed on merged classes."
+    self.check_top()
+    return collapse(student_logits, teacher, self.temperature)

@@ -1,5 +1,6 @@
 """Cached answers are the teacher's, whatever happens to the file, the process or the order of the questions."""
 import copy, os, signal, subprocess, sys, time, warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from distill_nb import cache
 from distill_nb.cache import HEAD, CachedTeacher, Form, checksum
 from distill_nb.data import CropFlip, ResizedCrop, digits, image_folder
 from distill_nb.logits import Distill
+from distill_nb.losses import dist_loss, dkd_loss
 from distill_nb.models import digit_student, fingerprint
 from distill_nb.training import Frozen, Objective, Recipe, Supervised, fit, plan
 
@@ -62,18 +64,20 @@ def test_records_hold_what_the_type_holds(dtype):
     assert torch.equal(form.unpack(records), v.to(getattr(torch, dtype)).float())
 
 
-@pytest.mark.parametrize('C,k,T', [(4, 1, 1.), (100, 10, 4.), (40_000, 5, 2.)])
+@pytest.mark.parametrize('C,k,T', [(4, 1, 1.), (4, 3, 1.), (100, 10, 4.), (40_000, 5, 2.)])
 def test_top_logits_keep_their_probabilities_and_the_mass_of_the_rest(C, k, T):
     v = 5*torch.randn(6, C)
     form = Form(C, 'float32', top=k, temperature=T)
-    told = form.unpack(form.pack(v)).double()
-    for row, kept in zip(v.double().numpy(), told.numpy()):
+    records = form.pack(form.shorten(v))
+    told = form.unpack(records)
+    assert records.shape == (6, form.words) and [t.shape for t in told] == [(6, k), (6, k), (6, 1)]
+    for row, values, places, tail in zip(v.double().numpy(), *(t.double().numpy() for t in told)):
         p = np.exp(row/T - np.max(row/T)); p /= p.sum()
-        q = np.exp(kept/T - np.max(kept/T)); q /= q.sum()
+        merged = np.append(values, tail)/T
+        q = np.exp(merged - merged.max()); q /= q.sum()
         best = np.argsort(-row)[:k]
-        others = np.setdiff1d(np.arange(C), best)
-        np.testing.assert_allclose(q[best], p[best], rtol=1e-4)
-        np.testing.assert_allclose(q[others], p[others].sum()/(C - k), rtol=1e-4)
+        assert list(places) == list(best)
+        np.testing.assert_allclose(q, np.append(p[best], 1 - p[best].sum()), rtol=1e-3, atol=1e-6)
 
 
 def test_a_checksum_sees_every_bit_and_the_place():
@@ -599,14 +603,47 @@ def test_too_many_views_are_refused_with_advice():
     assert wrong(cached, make_teacher(), cached.data) < 0.01 and cached.asked == 180
 
 
-def test_top_logits_at_another_temperature_are_warned_of():
+def test_top_logits_at_another_temperature_are_refused():
     teacher, train, valid = trained()
     kept = CachedTeacher(teacher, train, top=3, temperature=2.)
     Distill(digit_student(), kept, temperature=2.).check(train, valid)
-    with pytest.warns(UserWarning, match='temperature=4'): Distill(digit_student(), kept, temperature=4.).check(train, valid)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        Distill(digit_student(), CachedTeacher(teacher, train, temperature=2.), temperature=4.).check(train, valid)  # all logits serve at any
+    with pytest.raises(ValueError, match='temperature must be 2.*temperature=4'): Distill(digit_student(), kept, temperature=4.).check(train, valid)
+    Distill(digit_student(), kept, temperature=4., alpha=0.).check(train, valid)  # the teacher is not used
+    Distill(digit_student(), CachedTeacher(teacher, train, temperature=2.), temperature=4.).check(train, valid)  # all logits serve at any
+
+
+@pytest.mark.parametrize('kw,said', [(dict(divergence=dkd_loss), 'dkd_loss'), (dict(divergence=partial(dkd_loss, beta=2.)), 'dkd_loss'),
+                                     (dict(divergence=dist_loss), 'dist_loss'), (dict(standardize=True), 'standardize')])
+def test_losses_that_need_every_class_refuse_the_largest_before_the_first_step(kw, said):
+    teacher, train, valid = trained()
+    kept = CachedTeacher(teacher, train, top=3)
+    with pytest.raises(ValueError, match=f'all classes for {said}'): fit(Distill(digit_student(), kept, **kw), train, Recipe(steps=1, batch_size=10), valid)
+    with pytest.raises(ValueError, match=f'all classes for {said}'): Distill(digit_student(), kept, **kw)(train.get(torch.arange(5)))
+
+
+def test_a_student_of_the_largest_logits_takes_the_steps_of_one_that_is_told_all_where_that_is_the_same(tmp_path):
+    teacher, train, valid = trained()
+    def student(teacher):
+        torch.manual_seed(0)
+        objective = Distill(digit_student(), teacher)
+        fit(objective, train, Recipe(steps=12, batch_size=64, lr=0.02, precision='float32'), valid)
+        return torch.cat([p.flatten() for p in objective.model.parameters()]).detach()
+    nine = CachedTeacher(teacher, train, tmp_path, dtype='float32', top=9)  # one class in the bucket
+    live = student(teacher)
+    for _ in range(2): torch.testing.assert_close(student(nine), live, rtol=1e-4, atol=1e-5)
+    assert nine.asked < 12*64 + 1 and (student(CachedTeacher(teacher, train, top=2)) - live).abs().max() > 1e-4
+
+
+def test_largest_logits_are_the_same_from_the_table_live_and_from_another_process(tmp_path):
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, tmp_path, dtype='float32', top=3, temperature=2.)
+    batch = data.get(torch.arange(20))
+    batch = batch._replace(index=batch.index.where(batch.index < 15, -1))  # five are asked live
+    exact = cached.form.shorten(Frozen(teacher)(batch))
+    again = CachedTeacher(teacher, data, tmp_path, dtype='float32', top=3, temperature=2.)
+    for answers in (cached(batch), cached(batch), again(batch)):
+        for a, b in zip(answers, exact): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert (cached.asked, again.asked) == (25, 5)
 
 
 @pytest.mark.parametrize('kw,said', [(dict(dtype='int8'), 'dtype'), (dict(top=2.5), 'top'), (dict(top='3'), 'top'), (dict(temperature='4'), 'temperature'), (dict(top=10), 'top'), (dict(top=0), 'top'), (dict(temperature=0.), 'temperature'), (dict(views=0), 'views'), (dict(views=10), 'views')])

@@ -114,6 +114,10 @@ def test_kept_answers_are_compared_on_the_card_and_no_row_is_taken_for_another(c
     cached.check(cached.data.to(CARD))
     for _ in range(LOOK): cached(batch)
     assert cached(stranger).isnan().all() and cached(batch).isfinite().all()  # too late to be seen without waiting: loud
+    short = CachedTeacher(teacher, train, views=1, top=3).fill(precision='float32')
+    short.check(cached.data.to(CARD))
+    for _ in range(LOOK): short(batch)
+    assert short(stranger).values.isnan().all() and {t.device for t in short(batch)} == {CARD}
 
 
 def test_a_run_that_fails_gives_everything_back_too(card, taught):

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from distill_nb.losses import (UNLABELLED, DistillationLoss, dist_loss, dkd_loss, hard_loss, jsd_loss, kd_loss, log_soften,
-                               reverse_kl_loss, standardize, upcast)
+from distill_nb.losses import (UNLABELLED, DistillationLoss, collapse, dist_loss, dkd_loss, hard_loss, jsd_loss, kd_loss, log_soften,
+                               reverse_kl_loss, standardize, top_k, upcast)
 
 quick = settings(deadline=None, max_examples=20)
 
@@ -773,3 +773,56 @@ def test_weights_of_rows_must_fit_the_rows():
 @pytest.mark.parametrize('value', [-0.5, 1., math.nan, None, True])
 def test_label_smoothing_must_be_a_share(value):
     with pytest.raises(ValueError, match=rf'label_smoothing must be at least 0 and less than 1, but is {value}\.'): hard_loss(z, y, value)
+
+
+# ---- the k largest logits and a bucket ----
+
+def ref_bucket(z, v, k, T):
+    "The KL of both with all but the teacher's k largest classes added up, in float64, one number at a time."
+    total = 0.
+    for (q, p), row in zip(pairs(z, v, T), v):
+        best = sorted(range(len(p)), key=lambda c: -row[c].item())[:k]
+        merged = [[d[c] for c in best] + [sum(d[c] for c in range(len(d)) if c not in best)] for d in (p, q)]
+        total = total + ref_kl(*merged)
+    return T**2 * total / len(z)
+
+
+@pytest.mark.parametrize('k', [1, 3, 6])
+@pytest.mark.parametrize('T', [0.5, 1., 4.])
+def test_a_bucket_is_the_divergence_of_merged_classes_with_its_gradient(k, T):
+    torch.manual_seed(0)
+    z, v = 3*torch.randn(5, 7), 3*torch.randn(5, 7)
+    z32, z64 = z.clone().requires_grad_(), z.double().requires_grad_()
+    loss = DistillationLoss(T, 1.)(z32, top_k(v, k, T))
+    expected = ref_bucket(z64, v.double(), k, T)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(f, x)[0].double() for f, x in ((loss, z32), (expected, z64))), rtol=1e-3, atol=1e-5)
+
+
+@quick
+@given(st.integers(1, 11), st.floats(0.5, 20), st.integers(0, 10**6))
+def test_a_bucket_never_says_more_than_all_classes_and_all_but_one_say_the_same(k, T, seed):
+    g = torch.Generator().manual_seed(seed)
+    z, v = (4*torch.randn(3, 12, generator=g, dtype=torch.float64) for _ in range(2))
+    full, merged = kd_loss(z, v, T, 'none'), kd_loss(*collapse(z, top_k(v, k, T), T), T, 'none')
+    assert (merged <= full + 1e-9).all() and (merged >= -1e-9).all()
+    if k == 11: torch.testing.assert_close(merged, full)
+
+
+@pytest.mark.parametrize('f', [kd_loss, reverse_kl_loss, jsd_loss])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_bucket_does_not_move_a_student_that_is_its_teacher(f, dtype):
+    v = (5*torch.randn(8, 1000)).to(dtype)
+    same = v.clone().requires_grad_()
+    loss = DistillationLoss(2., 1., f)(same, top_k(v, 20, 2.))
+    loss.backward()
+    assert abs(loss.item()) < 1e-5 and same.grad.abs().max() < 1e-5
+
+
+def test_a_bucket_is_finite_for_extreme_logits_and_leaves_the_hard_part_alone():
+    z = torch.tensor([[1e4, -1e4, 0., 3.]], requires_grad=True)
+    v, y = torch.tensor([[-1e4, 1e4, 5., 0.]]), torch.tensor([2])
+    parts = DistillationLoss(1., 0.5).parts(z, top_k(v, 2, 1.), y)
+    assert parts['hard'] == DistillationLoss(1., 0.5).parts(z, v, y)['hard'] and parts['soft'].isfinite()
+    parts['soft'].backward()
+    assert z.grad.isfinite().all()
