@@ -391,7 +391,7 @@ def result_rows(
         for r in comparison.rows():
             over = 'test images' if r['ci95'] is None else 'seeds'
             if r['ci95'] is None: r['ci95'] = share_interval(round(r['accuracy'] * n), n)
-            rows.append({'setting': setting, **r, 'interval_over': over, 'accuracies': comparison.values(r['model'], 'accuracy'), 'run_seconds': comparison.values(r['model'], 'seconds'), **cost['student'], 'seconds_per_epoch': r['seconds'] / epochs}
+            rows.append({'setting': setting, **r, 'interval_over': over, 'runs': [{k: v for k, v in run.items() if k != 'model'} for run in comparison.runs if run['model'] == r['model']], **cost['student'], 'seconds_per_epoch': r['seconds'] / epochs}
                         | ({'chosen': chosen[r['model']]} if r['model'] in chosen else {}) | ({'answers': job.answers[r['model']]} if r['model'] in job.answers else {}))
     return rows
 
@@ -745,6 +745,8 @@ def data_free_rows(
             row |= {'accuracy': e.accuracy, 'ci95': share_interval(round(e.accuracy * len(job.data.test)), len(job.data.test)), 'interval_over': 'test images', 'ece': e.ece, 'agreement': same['test']}
         rows.append(row)
     h = made.history
+    measured = {k: rows[1][k] for k in ('accuracy', 'ece', 'agreement', 'agreement_generated') if k in rows[1]}
+    rows[1]['runs'] = [{'seed': job.recipe.seed, 'seconds': h.seconds} | measured]
     rows[1] |= {'way': job.options['way'], 'images': len(made.images), 'steps': h.last['step'], 'seconds': h.seconds, 'curve': [{k: r[k] for k in ('step', 'seconds', 'accuracy')} for r in h.rows if 'accuracy' in r]}
     return rows
 
@@ -851,7 +853,7 @@ def run_command(
     def warn(message, *_, **__):  # in a line of its own, also while a bar is shown
         tqdm.write(f'{parser.prog}: {message}', file=sys.stderr)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
-    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace')  # a terminal without some sign is no reason to fail
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a letter of a path is no reason to fail
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warn

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REMEDY', 'GRID', 'Exam', 'exam_marks', 'pass_marks', 'guesses', 'by_luck', 'probability_kind', 'refuse_probabilities',
            'check_teacher', 'Distill', 'interval', 'share_interval', 'agreement', 'Comparison', 'check_seeds',
-           'compare', 'markdown_table', 'text_table', 'try_each', 'tune', 'Result', 'stored_result']
+           'compare', 'markdown_table', 'text_table', 'try_each', 'tune', 'Result', 'stored_result', 'paired']
 
 # %% ../nbs/05_logits.ipynb #043b45c6
 import json, math, re, warnings, weakref
@@ -461,13 +461,17 @@ class Result(dict):
         return f"Result({self['name']!r}, {len(self['rows'])} rows, {self['seconds']:.0f} s; {', '.join(self)})"
 
 def _row_of_today(row, data):
-    "A row with its interval as [low, high], whichever version wrote it."
+    "A row with its interval as [low, high] and its runs as dicts, whichever version wrote it."
     row = dict(row)
     if isinstance(half := row.get('ci95'), float):
         row['ci95'] = [row['accuracy'] - half, row['accuracy'] + half]
         if row['interval_over'] == 'test images':  # it was Wald's
             n = int(re.search(r'([\d,]+) test images', data)[1].replace(',', ''))
             row['ci95'] = share_interval(round(row['accuracy'] * n), n)
+    if accuracies := row.pop('accuracies', None):
+        seconds = row.pop('run_seconds')
+        row['runs'] = [{'seed': i, 'accuracy': a, 'seconds': s}
+                       for i, (a, s) in enumerate(zip(accuracies, seconds, strict=True))]
     return row
 
 def stored_result(
@@ -480,3 +484,14 @@ def stored_result(
     if name not in names: raise ValueError(f"name must be one of {', '.join(names)}, but is {name!r}.")
     found = Result(json.loads((folder/f'{name}.json').read_text(encoding='utf-8')))
     return Result(found | {'rows': [_row_of_today(row, found['data']) for row in found['rows']]})
+
+# %% ../nbs/05_logits.ipynb #7ea01b48
+def paired(
+    row:dict, # Of a stored result
+    other:dict, # Of the same or another one
+    measure:str='accuracy', # A key of their runs
+)->tuple: # Mean, and the interval's ends [low, high]
+    "The difference of two rows, paired by seed."
+    runs = [{'model': i} | run for i, r in enumerate((row, other)) for run in r['runs']]
+    difference = Comparison(runs, 1).rows(measure)[0]
+    return difference['difference'], difference['difference_ci95']

@@ -9,7 +9,7 @@ from PIL import Image
 from distill_nb import cli
 from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, imagenet_normalisation, make_teacher, pretrained_model, run_command, table, text_table, verdicts
 from distill_nb.data import ImageData, digits, load_data
-from distill_nb.logits import interval, share_interval, stored_result
+from distill_nb.logits import interval, paired, share_interval, stored_result
 from distill_nb.models import build_model, load_weights, read_weights, resnet18, save_weights
 from distill_nb.training import evaluate
 
@@ -56,10 +56,24 @@ def test_a_run_leaves_all_that_it_promises(finished):
     for name in ('curves.png', 'comparison.png'): assert Image.open(finished/name).size[0] > 500
 
 
-def test_one_model_has_wilsons_interval_and_several_have_students(finished):
-    for r in json.loads((finished/'result.json').read_text())['rows']:
-        if r['model'] == 'teacher': assert r['ci95'] == share_interval(round(359 * r['accuracy']), 359) and r['interval_over'] == 'test images'
-        else: assert r['ci95'] == interval(r['accuracies'])[1] and r['interval_over'] == 'seeds'
+def test_a_result_holds_every_measure_of_every_seed_and_wilsons_interval_for_one_model(finished):
+    rows = json.loads((finished/'result.json').read_text())['rows']
+    for r in rows:
+        if r['model'] == 'teacher':
+            assert r['ci95'] == share_interval(round(359 * r['accuracy']), 359) and r['interval_over'] == 'test images' and 'runs' not in r
+            continue
+        assert [run['seed'] for run in r['runs']] == [0, 1] and r['interval_over'] == 'seeds'
+        assert all(set(run) == {'seed', 'valid_accuracy', 'accuracy', 'agreement', 'ece', 'seconds'} for run in r['runs'])
+        assert r['ci95'] == interval(run['accuracy'] for run in r['runs'])[1]
+        for k in ('accuracy', 'agreement', 'ece', 'seconds'): assert r[k] == pytest.approx(sum(run[k] for run in r['runs']) / 2)
+    few = {r['model']: r for r in rows if r['setting'] == 'few_labels'}
+    assert paired(few['distilled'], few['alone']) == (few['distilled']['difference'], few['distilled']['difference_ci95'])
+
+
+def test_rows_are_paired_by_seed_wherever_they_come_from():
+    def row(**found): return {'runs': [{'seed': int(s[1:]), 'accuracy': a} for s, a in found.items()]}
+    assert paired(row(s0=0.5, s1=0.9), row(s1=0.8, s0=0.4))[1] == pytest.approx([0.1, 0.1])
+    with pytest.raises(ValueError, match=r'same seeds for every contender.*\[1\]'): paired(row(s0=0.5, s1=0.9), row(s0=0.4))
 
 
 def test_intervals_are_printed_by_their_ends(finished):
@@ -80,6 +94,9 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
         new = stored_result(old['name'])
         assert {k: v for k, v in new.items() if k != 'rows'} == {k: v for k, v in old.items() if k != 'rows'}
         for was, row in zip(old['rows'], new['rows'], strict=True):
+            if 'accuracies' in was:
+                assert [r['accuracy'] for r in row['runs']] == was['accuracies'] and [r['seconds'] for r in row['runs']] == was['run_seconds']
+                assert [r['seed'] for r in row['runs']] == list(range(old['seeds'])) and not {'accuracies', 'run_seconds'} & set(row)
             if 'ci95' not in was: continue
             found.add(was['interval_over'])
             if was['interval_over'] == 'seeds' and isinstance(was['ci95'], float): assert row['ci95'] == [was['accuracy'] - was['ci95'], was['accuracy'] + was['ci95']]
@@ -118,7 +135,7 @@ def test_a_finished_run_is_only_read_again_when_asked(finished, capsys):
     assert '--resume' in capsys.readouterr().err
     assert command(*QUICK, '--out', finished, '--resume') == 0
     after = json.loads((finished/'result.json').read_text())
-    strip = lambda r: [{k: v for k, v in row.items() if k not in ('latency_ms', 'seconds', 'run_seconds', 'seconds_per_epoch')} for row in r['rows']]
+    strip = lambda r: [{k: v for k, v in row.items() if k not in ('latency_ms', 'seconds', 'runs', 'seconds_per_epoch')} | {'runs': [run | {'seconds': 0} for run in row.get('runs', [])]} for row in r['rows']]
     assert strip(after) == strip(before)
 
 
@@ -176,8 +193,8 @@ def test_methods_can_be_compared_with_the_same_number_of_tries(tmp_path, capsys)
     for setting in ('all_labels', 'few_labels'):
         rows = {r['model']: r for r in result['rows'] if r['setting'] == setting}
         assert list(rows) == ['teacher', 'alone', 'dkd', 'self'] and all(rows[m]['seconds_per_epoch'] > 0 for m in list(rows)[1:])
-        assert all(rows[m]['accuracy'] == pytest.approx(sum(rows[m]['accuracies'])/len(rows[m]['accuracies'])) for m in list(rows)[1:])
-        assert all(rows[m]['seconds'] == pytest.approx(sum(rows[m]['run_seconds'])/2) for m in list(rows)[1:])
+        assert all(rows[m]['accuracy'] == pytest.approx(sum(run['accuracy'] for run in rows[m]['runs'])/len(rows[m]['runs'])) for m in list(rows)[1:])
+        assert all(rows[m]['seconds'] == pytest.approx(sum(run['seconds'] for run in rows[m]['runs'])/2) for m in list(rows)[1:])
         assert set(rows['dkd']['chosen']) == {'temperature', 'alpha', 'beta'} and 'difference' in rows['dkd']
         assert [sum(t['method'] == m for t in result['tries'][setting]) for m in ('alone', 'dkd', 'self')] == [4, 4, 4]
     assert 'With few labels, dkd (T=' in capsys.readouterr().out
