@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .data import Batch
 from .logits import Distill
-from .losses import kd_loss, upcast
+from .losses import check_weight, kd_loss, must, upcast
 from .models import head_name
 from .training import Frozen, device_of, evaluating, seed_noise
 
@@ -98,9 +98,12 @@ def feature_shapes(
 
 # %% ../nbs/07_features.ipynb #0c0b11d6
 def _check_pair(student_features, teacher_features):
-    "Refuse features that would be broadcast against each other."
-    if student_features.shape != teacher_features.shape or not student_features.ndim:
-        raise ValueError(f'student_features and teacher_features must have the same shape (B, ...), but have {tuple(student_features.shape)} and {tuple(teacher_features.shape)}.')
+    "Refuse features that would be broadcast against each other, or that hold nothing to compare."
+    shapes = tuple(student_features.shape), tuple(teacher_features.shape)
+    if shapes[0] != shapes[1] or not student_features.ndim:
+        raise ValueError('student_features and teacher_features must have the same shape (B, ...), '
+                         f'but have {shapes[0]} and {shapes[1]}.')
+    must(student_features.numel() > 0, 'the shape of student_features', shapes[0], 'that of at least 1 image and 1 number')
 
 def _check_reduction(reduction):
     if reduction not in ('batchmean', 'mean'): raise ValueError(f"reduction must be 'batchmean' or 'mean', but is {reduction!r}.")
@@ -283,9 +286,11 @@ def _points(features):
     return _scaled(x - x.mean(0).detach())
 
 def _check_batches(student_features, teacher_features):
-    if min(student_features.ndim, teacher_features.ndim) < 1 or len(student_features) != len(teacher_features):
-        raise ValueError('student_features and teacher_features must hold as many images, but have the shapes '
-                         f'{tuple(student_features.shape)} and {tuple(teacher_features.shape)}.')
+    "Refuse features of different images, or of none."
+    a, b = student_features, teacher_features
+    if min(a.ndim, b.ndim) < 1 or len(a) != len(b) or not (a.numel() and b.numel()):
+        raise ValueError('student_features and teacher_features must hold as many images, at least 1, '
+                         f'but have the shapes {tuple(a.shape)} and {tuple(b.shape)}.')
 
 # %% ../nbs/07_features.ipynb #0e9d2dd7
 def rkd_distance_loss(
@@ -331,7 +336,7 @@ class Relational(Term):
     ):
         super().__init__(student_layer, teacher_layer)
         self.one_pair()
-        for name, weight in (('distance', distance), ('angle', angle)): _check_weight(name, weight)
+        for name, weight in (('distance', distance), ('angle', angle)): check_weight(name, weight)
         self.distance, self.angle = distance, angle
 
     def forward(self,
@@ -341,9 +346,6 @@ class Relational(Term):
         "The weighted sum of both losses."
         loss = self.distance * rkd_distance_loss(student_features[0], teacher_features[0])
         return loss + self.angle * rkd_angle_loss(student_features[0], teacher_features[0]) if self.angle else loss
-
-def _check_weight(name, weight):
-    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf: raise ValueError(f'{name} must be a finite number of at least 0, but is {weight!r}.')
 
 # %% ../nbs/07_features.ipynb #19e81c54
 class FeatureDistill(Distill):
@@ -380,7 +382,7 @@ def _check_terms(terms):
             raise ValueError(f"the name of a term must be a word other than 'hard' and 'soft', but is {name!r}.")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], Term):
             raise ValueError(f'terms[{name!r}] must be a pair (term, weight), such as (Hint(...), 100.), but is {pair!r:.80}.')
-        _check_weight(f'the weight of {name!r}', pair[1])
+        check_weight(f'the weight of {name!r}', pair[1])
 
 # %% ../nbs/07_features.ipynb #ecb4fbbe
 def _tensor(features, name):

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .data import Batch, progress_bar
-from .losses import UNLABELLED, DistillationLoss, kd_loss
+from .losses import UNLABELLED, DistillationLoss, check_logits, kd_loss
 from .models import fingerprint
 from .training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, calibration_error, check_classes, evaluate, fit,
                                  fit_device, placed, predict)
@@ -201,6 +201,7 @@ def agreement(
     teacher_logits:Tensor, # Raw scores, shape (N, C)
 )->float: # Between 0 and 1
     "Share of images on which both choose the same class."
+    check_logits(student_logits, teacher_logits)
     return (student_logits.argmax(1) == teacher_logits.argmax(1)).double().mean().item()
 
 # %% ../nbs/05_logits.ipynb #1069769f

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .data import Batch, mix
 from .features import find_layers, head_input, tap
 from .logits import Distill
-from .losses import UNLABELLED, DistillationLoss, hard_loss, log_soften, upcast
+from .losses import (UNLABELLED, DistillationLoss, check_logits, check_temperature, check_weight, hard_loss,
+                               log_soften, must, upcast)
 from .models import count_macs
 from .training import Objective, Supervised, device_of, evaluate, evaluating, fit, fit_device, placed
 
@@ -282,6 +283,9 @@ def feature_distance(
     deepest:Tensor, # F_n, shape (B, D)
 )->Tensor: # A scalar
     "Squared Euclidean distance, summed over features and averaged over the batch, Zhang et al. 2019, loss source 3."
+    shapes = tuple(features.shape), tuple(deepest.shape)
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or not len(features):
+        raise ValueError(f'features and deepest must have the same shape (B, D), with at least 1 row, but have {shapes[0]} and {shapes[1]}.')
     return (upcast(features) - upcast(deepest)).square().sum(1).mean()
 
 # %% ../nbs/08_self.ipynb #94616da0
@@ -298,7 +302,7 @@ class BeYourOwnTeacher(Objective):
         if isinstance(student, EarlyExits) and not (layers is None and shape is None): raise ValueError(f'layers and shape must be left out for an EarlyExits, which has its exits already, but are {layers!r} and {shape!r}.')
         super().__init__(student if isinstance(student, EarlyExits) else EarlyExits(student, layers, shape))
         self.loss, self.feature_weight = DistillationLoss(temperature, alpha), feature_weight
-        _must(0 <= feature_weight < math.inf, 'feature_weight', feature_weight, 'a finite number of at least 0')
+        check_weight('feature_weight', feature_weight)
 
     def forward(self, batch:Batch)->dict:
         "The parts of the loss, summed over the exits, as `{'hard': ..., 'soft': ..., 'feature': ...}`."
@@ -448,6 +452,9 @@ def view_loss(
     teacher_temperature:float=0.5, # τ_t > 0; sharper than the student's
 )->Tensor: # A scalar, the mean over the batch
     "Cross-entropy of the student with the centred, sharpened teacher across two views, Caron et al. 2021, section 3.1."
+    check_logits(student_logits, teacher_logits)
+    must(centre.shape == student_logits.shape[1:], 'centre', tuple(centre.shape), f'of the shape ({student_logits.shape[1]},), one number for each class')
+    for name, T in (('student_temperature', student_temperature), ('teacher_temperature', teacher_temperature)): check_temperature(T, name)
     target = log_soften(upcast(teacher_logits.detach()) - centre, teacher_temperature).exp()
     return -(target * log_soften(student_logits, student_temperature)).sum(1).mean()
 
@@ -483,8 +490,8 @@ class SelfTeacher(Objective):
 @patch
 def _check_settings(self:SelfTeacher):
     "Refuse settings that can't work."
-    for name in ('student_temperature', 'teacher_temperature'): _must(1e-6 <= getattr(self, name) <= 1e6, name, getattr(self, name), 'a finite number greater than 0 (from 1e-6 to 1e6)')
-    _must(0 <= self.weight < math.inf, 'weight', self.weight, 'a finite number of at least 0')
+    for name in ('student_temperature', 'teacher_temperature'): check_temperature(getattr(self, name), name)
+    check_weight('weight', self.weight)
     _must(0 <= self.centre_momentum <= 1, 'centre_momentum', self.centre_momentum, 'from 0 to 1')
     if self.data.n_views < 2: raise ValueError('data must have at least 2 views of each image for a SelfTeacher, but has 1: give it an augmentation, e.g. data.replace(augment=CropFlip(pad=1)), and give the result to fit as well.')
 

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .data import Batch, epoch_order, mix, progress_bar
-from .losses import UNLABELLED, hard_loss
+from .losses import UNLABELLED, check_rows, hard_loss, must
 from .models import fingerprint, read_weights, write_atomic
 
 # %% ../nbs/04_training.ipynb #cbdcc139
@@ -82,6 +82,8 @@ def calibration_error(
     bins:int=15, # Equally wide bins of confidence
 )->float: # Between 0 and 1
     "Expected calibration error, Guo et al. 2017, eq. 3."
+    check_rows(logits, 'logits')
+    must(labels.shape == logits.shape[:1], 'labels', tuple(labels.shape), f'of the shape ({len(logits)},), one for each row')
     confidence, predicted = logits.double().softmax(1).max(1)
     gap = confidence - (predicted == labels).double()
     which = (confidence * bins).long().clamp(max=bins - 1)

@@ -237,6 +237,11 @@ def test_losses_refuse_what_would_be_broadcast():
         with pytest.raises(ValueError, match='as many images'): loss(torch.zeros(4, 3), torch.zeros(5, 3))
 
 
+@pytest.mark.parametrize('loss', [hint_loss, attention_loss, rkd_distance_loss, rkd_angle_loss, cka])
+def test_losses_refuse_a_batch_without_images(loss):
+    with pytest.raises(ValueError, match='at least 1'): loss(torch.zeros(0, 3, 2, 2), torch.zeros(0, 3, 2, 2))
+
+
 # --- tap
 
 class Odd(nn.Module):

@@ -321,6 +321,11 @@ def test_the_interval_is_students(values):
     assert interval([0.5]) == (0.5, None)
 
 
+@pytest.mark.parametrize('shapes', [((4, 3), (1, 3)), ((4, 3), (4, 2)), ((0, 3), (0, 3)), ((4, 1), (4, 1)), ((4,), (4,))])
+def test_agreement_refuses_what_would_be_broadcast(shapes):
+    with pytest.raises(ValueError, match='student_logits and teacher_logits must have the'): agreement(*map(torch.zeros, shapes))
+
+
 def test_agreement_counts_equal_choices():
     assert agreement(torch.tensor([[1., 0], [0, 1], [1, 0], [0, 1]]), torch.tensor([[2., 0], [3, 1], [9, 0], [1, 0]])) == 0.5
 

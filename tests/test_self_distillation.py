@@ -405,6 +405,12 @@ def test_features_in_bfloat16_are_compared_in_float32():
     assert feature_distance(f, g).dtype == torch.float32 and feature_distance(f, g).item() == pytest.approx(512 * (f[0, 0].item() - g[0, 0].item())**2)
 
 
+@pytest.mark.parametrize('shapes', [((4, 3), (4, 1)), ((4, 3), (1, 3)), ((4, 3), (3,)), ((0, 3), (0, 3)), ((3,), (3,))])
+def test_feature_distance_refuses_what_would_be_broadcast(shapes):
+    with pytest.raises(ValueError, match=r'features and deepest must have the same shape \(B, D\), with at least 1 row') as e: feature_distance(*map(torch.zeros, shapes))
+    assert all(str(s) in str(e.value) for s in shapes)
+
+
 @pytest.mark.parametrize('bad', [dict(temperature=0), dict(temperature=-2), dict(alpha=1.1), dict(alpha=-0.1), dict(feature_weight=-1), dict(feature_weight=math.nan)])
 def test_be_your_own_teacher_refuses(bad):
     with pytest.raises(ValueError, match=next(iter(bad))): BeYourOwnTeacher(staged(), **bad)
@@ -463,6 +469,18 @@ def test_the_view_loss_is_the_papers():
     assert view_loss(gs.bfloat16(), gt.bfloat16(), c).dtype == torch.float32
     gt.requires_grad_()
     assert not view_loss(gs, gt, c).requires_grad
+
+
+@pytest.mark.parametrize('shapes, named', [(((4, 3), (1, 3), (3,)), 'same shape'), (((4, 3), (4, 2), (3,)), 'same shape'), (((4, 3), (4, 3), (1,)), 'centre'),
+                                           (((4, 3), (4, 3), (4, 3)), 'centre'), (((0, 3), (0, 3), (3,)), 'at least 1 row'), (((4, 1), (4, 1), (1,)), 'at least 2 classes')])
+def test_the_view_loss_refuses_what_would_be_broadcast(shapes, named):
+    with pytest.raises(ValueError, match=named): view_loss(*map(torch.zeros, shapes))
+
+
+def test_the_view_loss_checks_its_temperatures():
+    for name in ('student_temperature', 'teacher_temperature'):
+        for T in (0, math.nan, math.inf):
+            with pytest.raises(ValueError, match=f'{name} must be a finite number greater than 0'): view_loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(3), **{name: T})
 
 
 def test_other_views_are_other_views():

@@ -43,6 +43,12 @@ class Distilling(Objective):
 
 # --- evaluation
 
+@pytest.mark.parametrize('shapes', [((4, 3), (4, 1)), ((4, 3), (3,)), ((4, 3), ()), ((0, 3), (0,)), ((4, 1), (4,))])
+def test_calibration_error_refuses_what_would_be_broadcast(shapes):
+    logits, labels = map(torch.zeros, shapes)
+    with pytest.raises(ValueError, match='labels must be of the shape|at least 1 row'): calibration_error(logits, labels.long())
+
+
 def slow_calibration_error(logits, labels, bins):
     "Guo et al. 2017, eq. 3, bin by bin in numpy."
     p = np.exp(logits - logits.max(1, keepdims=True))
