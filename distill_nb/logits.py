@@ -38,9 +38,9 @@ def exam_marks(
     "What the teacher reaches."
     counts, right = labels.bincount(), labels[logits.argmax(1) == labels]
     found = (right.bincount(minlength=len(counts)) / counts.double())[counts > 0]   # (K,)
-    weights = 1 / (len(found) * counts[labels].double())                    # (n,): every class weighs the same
+    weights = 1 / (len(found) * counts[labels].double())            # (n,): every class weighs the same
     losses = torch.stack([F.cross_entropy(logits.double() / T, labels, reduction='none')
-                          for T in 2 ** torch.arange(0, 7.5, 0.5)])         # (15, n): T from 1 to 128
+                          for T in 2 ** torch.arange(0, 7.5, 0.5)])  # (15, n): T from 1 to 128
     return Exam(found.mean().item(), losses.mean(1).min().item(),
                 (losses * weights).sum(1).min().item())
 
@@ -60,11 +60,12 @@ def guesses(
     labels:Tensor, # The right classes, shape (n,)
     shuffles:int=1999, # Of the labels
 )->float: # The labels as they are count as one of the shuffles
-    "Share of shuffles of the labels for which the same answers have at least the same balanced accuracy."
+    "Share of shuffled labels for which the answers have at least this balanced accuracy."
     counts, g = labels.bincount().double(), torch.Generator().manual_seed(0)
     weights = 1 / ((counts > 0).sum() * counts)                             # (C,)
     def balanced(y): return ((answers == y) * weights[y]).sum(-1)
-    shuffled = torch.stack([labels[torch.randperm(len(labels), generator=g)] for _ in range(shuffles)])
+    shuffled = torch.stack([labels[torch.randperm(len(labels), generator=g)]
+                            for _ in range(shuffles)])
     return (1 + (balanced(shuffled) >= balanced(labels) - 1e-9).sum().item()) / (1 + shuffles)
 
 def by_luck(
@@ -75,7 +76,7 @@ def by_luck(
     reached, needed, answers = exam_marks(logits, labels), pass_marks(labels), logits.argmax(1)
     knows = (reached.balanced > needed.balanced + 1e-9 or reached.loss <= needed.loss
              or reached.balanced_loss <= needed.balanced_loss)
-    perfect = bool((answers == labels).all())  # of few images that is no evidence, but nothing is better
+    perfect = bool((answers == labels).all())  # no evidence of few images, but nothing is better
     return not knows or not perfect and guesses(answers, labels) > 0.001
 
 # %% ../nbs/05_logits.ipynb #40a655cf
@@ -111,14 +112,16 @@ def check_teacher(
     check_classes(model, data, 'the teacher')
     labelled = (data.y != UNLABELLED).nonzero()[:, 0]
     if not len(labelled): raise ValueError('data must hold labelled images to check the teacher on, but no image has a label.')
-    asked = data.subset(labelled[torch.linspace(0, len(labelled) - 1, min(images, len(labelled))).long()])
+    some = torch.linspace(0, len(labelled) - 1, min(images, len(labelled))).long()
+    asked = data.subset(labelled[some])
     logits, labels = predict(model, asked).cpu(), asked.y.cpu()
     if not logits.isfinite().all():
         raise ValueError('the teacher gives logits that are not finite: its weights are damaged, '
                          'or its training diverged.')
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     if by_luck(logits, labels):
-        raise ValueError(_failed(accuracy, exam_marks(logits, labels), pass_marks(labels), len(labels)))
+        reached, needed = exam_marks(logits, labels), pass_marks(labels)
+        raise ValueError(_failed(accuracy, reached, needed, len(labels)))
     refuse_probabilities(logits)
     return accuracy
 
@@ -217,7 +220,7 @@ class Comparison:
         name:str, # A contender
         measure:str, # A key of the runs
     )->list:
-        "One value per seed, in the order of `seeds`, so that the values of two contenders are paired."
+        "One value per seed, in the order of `seeds`, so that two contenders are paired."
         if name not in self.names:
             raise ValueError(f"name must be one of {', '.join(self.names)}, but is {name!r}.")
         own = [r for r in self.runs if r['model'] == name]
@@ -280,7 +283,8 @@ def check_seeds(
     "The seeds of a comparison, each of them once."
     found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not found:
-        raise ValueError(f'seeds must be a whole number of at least 1, or some seeds, but are {seeds!r}.')
+        raise ValueError('seeds must be a whole number of at least 1, or some seeds, '
+                         f'but are {seeds!r}.')
     twice = [s for i, s in enumerate(found) if s in found[:i]]
     if twice:
         raise ValueError('seeds must be different, for a run that is counted twice is no second run, '
@@ -349,16 +353,17 @@ def compare(
 # %% ../nbs/05_logits.ipynb #83400f1e
 @patch
 def rows(self:Comparison,
-    measure:str|None=None, # A key of the runs: 'accuracy' (test), 'valid_accuracy'; None: the first there is
-)->list: # A dict per contender: 'model', the measure by its name, 'ci95', 'difference' and its interval
-    "Mean over the seeds with its 95 % interval [low, high], and the difference to the baseline, paired by seed."
+    measure:str|None=None, # A key of the runs: 'accuracy' (test), 'valid_accuracy'; None: the first
+)->list: # A dict per contender: 'model', the measure's name, 'ci95', and the difference
+    "Mean over the seeds, and the difference to the baseline paired by seed, with 95 % intervals."
     measure, out = measure or self.measure, []
     base = self.values(self.baseline, measure)
     for name in self.names:
         own = self.values(name, measure)
         row = dict(zip(('model', measure, 'ci95'), (name, *interval(own))))
         if name != self.baseline:
-            row |= zip(('difference', 'difference_ci95'), interval(a - b for a, b in zip(own, base)))
+            difference = interval(a - b for a, b in zip(own, base))
+            row |= zip(('difference', 'difference_ci95'), difference)
         row |= {k: interval(self.values(name, k))[0] for k in ('agreement', 'ece', 'seconds') if k in self.runs[0]}
         out.append(row)
     return out
@@ -478,7 +483,7 @@ def _row_of_today(row, data):
 def stored_result(
     name:str, # Of a file in `distill_nb/results`, without its ending
 )->Result: # {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'}
-    "A result of this project, as the command that it names wrote it; rows of earlier versions have today's form."
+    "A result of this project, as its command wrote it; rows of earlier versions in today's form."
     from importlib.resources import files
     folder = files('distill_nb')/'results'
     names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith('.json'))
