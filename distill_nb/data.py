@@ -9,7 +9,7 @@ __all__ = ['GRAIN', 'IMAGE_SUFFIXES', 'Batch', 'show_images', 'CropFlip', 'mix',
            'folder_parts', 'read_image', 'progress_bar', 'ImageFiles', 'image_folder', 'load_data']
 
 # %% ../nbs/02_data.ipynb #9867b1bb
-import copy, hashlib, json, math, os, sys
+import copy, hashlib, json, math, numbers, os, sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .losses import UNLABELLED
+from .losses import UNLABELLED, must
+
+# %% ../nbs/02_data.ipynb #9eff0192
+def _must_be_whole(name, value, least):
+    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    must(ok, name, value, f'a whole number of at least {least}')
 
 # %% ../nbs/02_data.ipynb #0ad28a7a
 class Batch(NamedTuple):
@@ -52,7 +57,7 @@ class CropFlip:
     flip: bool = False  # Mirrored views as well?
 
     def __post_init__(self):
-        if self.pad < 0: raise ValueError(f'pad must be 0 or more, but is {self.pad}.')
+        _must_be_whole('pad', self.pad, 0)
 
     @property
     def n(self):
@@ -171,7 +176,7 @@ class ResizedCrop:
     n = 2**31 - 1  # numbers that can be asked for
 
     def __post_init__(self):
-        if self.size < 1: raise ValueError(f'size must be at least 1, but is {self.size}.')
+        _must_be_whole('size', self.size, 1)
         if not 0 < self.scale[0] <= self.scale[1] <= 1: raise ValueError(f'scale must hold 0 < low <= high <= 1, but is {self.scale}.')
         if not 0 < self.ratio[0] <= self.ratio[1]: raise ValueError(f'ratio must hold 0 < low <= high, but is {self.ratio}.')
 
@@ -283,13 +288,14 @@ class ImageData:
 @patch
 def _prepare(self:ImageData):
     "Check the settings, and put the normalisation on the device."
-    if self.fixed_size is not None and self.fixed_size < 1: raise ValueError(f'size must be at least 1, but is {self.fixed_size}.')
+    if self.fixed_size is not None: _must_be_whole('size', self.fixed_size, 1)
     if self.views is not None and not (isinstance(self.views, int) and 1 <= self.views <= self.augment.n):
         raise ValueError(f'views must be a whole number from 1 to the {self.augment.n:,} that {self.augment} has, but is {self.views!r}.')
     self.mean, self.std = ([float(u) for u in v] for v in (self.mean, self.std))
     for name, v in (('mean', self.mean), ('std', self.std)):
         if len(v) != self.channels: raise ValueError(f'{name} must hold one number for each of the {self.channels} channels, but is {v}.')
-    if min(self.std) <= 0: raise ValueError(f'std must be greater than 0, but is {self.std}.')
+    must(all(map(math.isfinite, self.mean)), 'mean', self.mean, 'finite numbers')
+    must(all(0 < s < math.inf for s in self.std), 'std', self.std, 'finite numbers greater than 0')
     mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.mean, self.std))
     self._scale, self._shift, self._hash = 1/(255*std), -mean/std, {}
 
@@ -380,7 +386,7 @@ def batches(self:ImageData,
     batch_size:int,  # Images in a batch; the last may be smaller
 ):
     "All images in order, without augmentation: for evaluation."
-    if batch_size < 1: raise ValueError(f'batch_size must be at least 1, but is {batch_size}.')
+    _must_be_whole('batch_size', batch_size, 1)
     return self.stream((index, torch.zeros_like(index)) for index in torch.arange(len(self)).split(batch_size))
 
 # %% ../nbs/02_data.ipynb #323f0911
@@ -926,7 +932,7 @@ def image_folder(
     workers:int=None,  # Processes that read files when needed; one for each core, at most 8, if None
 )->Splits:
     "Your own images, in torchvision's `ImageFolder` layout."
-    if size is not None and size < 1: raise ValueError(f'size must be at least 1, but is {size}.')
+    if size is not None: _must_be_whole('size', size, 1)
     parts, classes = folder_parts(path, valid, seed)
     files = [f for fs, _ in parts.values() for f in fs]
     heads = [h for h in _each(_header, files, 'looking at images', _threads(files)) if not isinstance(h, Exception)]

@@ -1,5 +1,5 @@
 """Data: views, resizing, normalisation, splits, torchvision's formats, folders, fingerprints, errors."""
-import gzip, hashlib, io, os, pickle, struct, subprocess, sys, tarfile
+import gzip, hashlib, io, math, os, pickle, struct, subprocess, sys, tarfile
 import numpy as np
 import pytest
 import torch
@@ -310,16 +310,22 @@ X, Y, C = images(6, side=4), torch.arange(6) % 2, ['a', 'b']
     (lambda: ImageData(X, 0*Y, C), "at least 2 classes.*'a'"),
     (lambda: ImageData(X, 0*Y, ['a']), 'at least 2 classes'),
     (lambda: ImageData(X, Y, ['a', 'a']), 'different names'),
-    (lambda: ImageData(X, Y, C, size=0), 'size must be at least 1, but is 0'),
+    *[(lambda size=size: ImageData(X, Y, C, size=size), f'size must be a whole number of at least 1, but is {size}')
+      for size in (0, 8.5, math.nan, True)],
     (lambda: ImageData(X, Y, C, mean=[0.5]), 'mean must hold one number for each of the 3 channels'),
-    (lambda: ImageData(X, Y, C, std=[1, 1, 0]), 'std must be greater than 0'),
+    *[(lambda s=s: ImageData(X, Y, C, std=[1, 1, s]), 'std must be finite numbers greater than 0')
+      for s in (0, -1, math.nan, math.inf)],
+    *[(lambda m=m: ImageData(X, Y, C, mean=[0, 0, m]), 'mean must be finite numbers')
+      for m in (math.nan, math.inf, -math.inf)],
+    (lambda: ImageData(X, Y, C).with_normalisation([0.5]*3, [1, math.nan, 1]), 'std must be finite'),
     (lambda: ImageData(X, Y, C).replace(sizes=3), 'replace can change.*sizes'),
     (lambda: ImageData(X, Y, C).subset([]), 'at least 1 image'),
     (lambda: ImageData(X, Y, C).subset([6]), 'indices must be from 0 to 5'),
     (lambda: ImageData(X, Y, C).unlabelled([-1]), 'keep must be from 0 to 5'),
-    (lambda: ImageData(X, Y, C).batches(0), 'batch_size must be at least 1'),
-    (lambda: CropFlip(-1), 'pad must be 0 or more'),
-    (lambda: ResizedCrop(0), 'size must be at least 1'),
+    *[(lambda n=n: ImageData(X, Y, C).batches(n), 'batch_size must be a whole number of at least 1')
+      for n in (0, 2.5, math.nan)],
+    *[(lambda pad=pad: CropFlip(pad), 'pad must be a whole number of at least 0') for pad in (-1, 0.5, math.nan)],
+    *[(lambda size=size: ResizedCrop(size), 'size must be a whole number of at least 1') for size in (0, 7.5, math.nan)],
     (lambda: ResizedCrop(8, scale=(0, 1)), 'scale'),
     (lambda: ResizedCrop(8, ratio=(2, 1)), 'ratio'),
     (lambda: load_data('imagenet'), "digits, mnist, fashion_mnist, cifar10, cifar100 or folder:PATH, but is 'imagenet'"),
@@ -644,7 +650,8 @@ def test_folders_that_do_not_fit(tmp_path, spoil, words):
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match='path must be a folder'): image_folder(tmp_path/'nowhere')
     with pytest.raises(ValueError, match='at least 2 classes'): image_folder(tmp_path)
-    with pytest.raises(ValueError, match='size must be at least 1'): image_folder(write_folder(tmp_path), size=0)
+    with pytest.raises(ValueError, match='size must be a whole number of at least 1'): \
+        image_folder(write_folder(tmp_path), size=0)
 
 
 # --- files that do not fit in memory ---
