@@ -505,10 +505,15 @@ def check(self:SelfTeacher,
     if data.fingerprint() != self.data.fingerprint(): raise ValueError('data must be the data set that was given to SelfTeacher, which makes the second views, but is another one.')
 
 # %% ../nbs/08_self.ipynb #2586ede8
+@torch.compiler.disable
+def _cleared(model):
+    "Are all gradients 0, as `zero_grad(set_to_none=False)` leaves them?"
+    return not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
 @patch
 def forward(self:SelfTeacher, batch:Batch)->dict:
     "The losses `{'hard': ..., 'self': ...}`; in train mode teacher and centre move."
-    begins = all(p.grad is None for p in self.model.parameters())  # fit clears the gradients after each optimiser step
+    begins = all(p.grad is None for p in self.model.parameters()) or _cleared(self.model)
     if self.training and begins: self.teacher.update(self.model)
     self.data = self.data.to(batch.x.device)
     few = self.data.views is not None  # then the other view must be one of those that the image shows

@@ -653,3 +653,24 @@ def test_both_objectives_are_made_from_a_model_by_name(name):
         objective = make(build_model(name, CLASSES, 1, 8))
         fit(objective, data, replace(RECIPE, steps=2, batch_size=8), data)
         assert evaluate(objective.model, data).accuracy >= 0
+
+
+@pytest.mark.parametrize('pieces', [1, 2])
+@pytest.mark.parametrize('to_none', [True, False])
+def test_the_teacher_moves_once_per_step_however_a_loop_clears_the_gradients(to_none, pieces):
+    torch.manual_seed(0)
+    train = digits().train
+    data = train.replace(augment=CropFlip(pad=1))
+    objective = SelfTeacher(digit_student(), data, momentum=0.5).train()
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    names = [name for name, _ in objective.model.named_parameters()]
+    def average(): return [objective.teacher.model.state_dict()[name] for name in names]
+    expected = [t.clone() for t in average()]
+    for step in range(4):
+        students = [p.detach().clone() for p in objective.model.parameters()]
+        expected = [0.5 * e + 0.5 * p for e, p in zip(expected, students)]
+        for piece in range(pieces): sum(objective(data.get(torch.arange(16) + 16 * piece)).values()).backward()
+        torch.testing.assert_close(average(), expected)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+        assert any(not torch.equal(p, q) for p, q in zip(students, objective.model.parameters()))
