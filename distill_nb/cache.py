@@ -336,7 +336,8 @@ def _ask(self:CachedTeacher, batch, table, rows, ask, outside, out):
     self._count['asked'] += len(logits)
     records = table.form.pack(logits)
     quoted = table.form.unpack(records)  # what will be read the next time
-    keep = quoted.isfinite().all(1) & ~outside[ask]
+    same = (quoted < math.inf) & ((quoted == -math.inf) == (logits == -math.inf))  # nothing overflows, and no mask is lost
+    keep = same.all(1) & ~outside[ask]
     table.write(rows[ask][keep], records[keep])
     out[ask] = quoted.where(keep[:, None], logits)
 

@@ -143,6 +143,21 @@ def test_views_that_are_not_kept_are_answered_live():
     assert cached.asked == 240
 
 
+@pytest.mark.parametrize('top', [None, 8])
+def test_masked_classes_are_kept(top, masked):
+    data, teacher = make_data(), masked(make_teacher(), 2, 7)
+    cached = CachedTeacher(teacher, data, top=top, dtype='float32')
+    for _ in range(2):
+        for b in everything(data): torch.testing.assert_close(cached(b), Frozen(teacher)(b))
+    assert cached.asked == 540
+
+
+def test_a_mask_is_not_lost_among_the_logits_that_are_not_kept(masked):
+    data, teacher = make_data(), masked(make_teacher(), 2, 7)
+    cached = CachedTeacher(teacher, data, top=3)
+    for b in everything(data): torch.testing.assert_close(cached(b), Frozen(teacher)(b))
+
+
 def test_logits_beyond_the_type_are_asked_again_and_never_infinite():
     data, teacher = make_data(), make_teacher()
     with torch.no_grad(): teacher.fc.bias[3] = 1e5
