@@ -389,7 +389,9 @@ def _answer(self:CachedTeacher, batch, table, rows, ask, outside):
     records = table.form.pack(exact)
     quoted = table.form.unpack(records)  # what will be read the next time
     keep = ~outside[ask]
-    for part in _tensors(quoted): keep = keep & part.isfinite().all(1)
+    for part, own in zip(_tensors(quoted), _tensors(exact)):  # nothing overflows, no mask is lost
+        same = (part < math.inf) & ((part == -math.inf) == (own == -math.inf))
+        keep = keep & same.all(1)
     table.write(rows[ask][keep], records[keep])
     for into, *parts in zip(*map(_tensors, (out, quoted, exact))):
         into[ask] = parts[0].where(keep[:, None], parts[1])

@@ -722,7 +722,7 @@ def prepare_data_free(
     names = load_teacher(teacher, o['teacher_weights'], data and data.train.classes)
     norm = normalisation_of(o['teacher_weights'], shape[1]) or (None, None)
     if not bn_layers(teacher): raise ValueError("the teacher must have batch-norm layers, whose statistics guide the images, but has none; from Python, `distill_without_data(..., statistics=0.)` does without.")
-    if not predict(teacher, Pictures(torch.zeros(2, shape[1], shape[2], shape[2]), shape[0])).isfinite().all(): raise ValueError(f"the teacher gives logits that are not finite: the weights of {o['teacher_weights']!r} are damaged.")
+    if not (predict(teacher, Pictures(torch.zeros(2, shape[1], shape[2], shape[2]), shape[0])) < math.inf).all(): raise ValueError(f"the teacher gives logits that are not finite: the weights of {o['teacher_weights']!r} are damaged.")
     if data is not None and norm[0]: data = normalised(data, *norm)
     if data is not None: check_teacher(teacher, data.valid)
     return DataFreeJob(teacher, student, shape, names, norm, data, recipe, options, device)

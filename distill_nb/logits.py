@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .data import Batch, progress_bar
 from .losses import UNLABELLED, DistillationLoss, check_logits, kd_loss
 from .models import fingerprint
-from .training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, calibration_error, check_classes, evaluate, fit,
-                                 fit_device, placed, predict)
+from .training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, calibration_error,
+                                 check_answers, check_classes, evaluate, fit, fit_device, placed, predict)
 
 # %% ../nbs/05_logits.ipynb #aba78c22
 class Exam(NamedTuple):
@@ -115,9 +115,7 @@ def check_teacher(
     some = torch.linspace(0, len(labelled) - 1, min(images, len(labelled))).long()
     asked = data.subset(labelled[some])
     logits, labels = predict(model, asked).cpu(), asked.y.cpu()
-    if not logits.isfinite().all():
-        raise ValueError('the teacher gives logits that are not finite: its weights are damaged, '
-                         'or its training diverged.')
+    check_answers(logits, labels, 'the teacher')
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     if by_luck(logits, labels):
         reached, needed = exam_marks(logits, labels), pass_marks(labels)

@@ -456,7 +456,8 @@ def view_loss(
     must(centre.shape == student_logits.shape[1:], 'centre', tuple(centre.shape), f'of the shape ({student_logits.shape[1]},), one number for each class')
     for name, T in (('student_temperature', student_temperature), ('teacher_temperature', teacher_temperature)): check_temperature(T, name)
     target = log_soften(upcast(teacher_logits.detach()) - centre, teacher_temperature).exp()
-    return -(target * log_soften(student_logits, student_temperature)).sum(1).mean()
+    terms = (target * log_soften(student_logits, student_temperature)).masked_fill(target == 0, 0.)  # masked by both: no term
+    return -terms.sum(1).mean()
 
 # %% ../nbs/08_self.ipynb #e1ab2ce2
 def other_view(
@@ -522,10 +523,15 @@ def forward(self:SelfTeacher, batch:Batch)->dict:
     student_logits, teacher_logits = self.model(batch.x), upcast(self.teacher(second.x))
     losses = {'hard': hard_loss(student_logits, batch.y),
               'self': self.weight * view_loss(student_logits, teacher_logits, self.centre, self.student_temperature, self.teacher_temperature)}
-    if self.training: self._move_centre(teacher_logits.mean(0))
+    if self.training: self._move_centre(_mean_where_answered(teacher_logits))
     return losses
 
 # %% ../nbs/08_self.ipynb #72d23b0a
+def _mean_where_answered(logits):
+    "The mean of each class over the rows that do not mask it; 0 where all do."
+    masked = logits == -math.inf
+    return logits.masked_fill(masked, 0.).sum(0) / (~masked).sum(0).clamp(min=1)
+
 @patch
 @torch.no_grad()
 def _move_centre(self:SelfTeacher, mean):

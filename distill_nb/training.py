@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TENSOR_CORES', 'SCHEDULES', 'OPTIMIZERS', 'PRECISIONS', 'device_of', 'Frozen', 'evaluating', 'calibration_error',
-           'predict', 'Evaluation', 'evaluate', 'best_precision', 'scheduled', 'optimizer_tensors', 'restore_optimizer',
-           'write_checkpoint', 'read_checkpoint', 'Recipe', 'plan', 'Objective', 'check_classes', 'Supervised',
-           'History', 'environment', 'DivergedError', 'fit_device', 'placed', 'image_order', 'seed_noise', 'describe',
-           'fit']
+           'predict', 'NotFiniteError', 'check_answers', 'Evaluation', 'evaluate', 'best_precision', 'scheduled',
+           'optimizer_tensors', 'restore_optimizer', 'write_checkpoint', 'read_checkpoint', 'Recipe', 'plan',
+           'Objective', 'check_classes', 'Supervised', 'History', 'environment', 'DivergedError', 'fit_device',
+           'placed', 'image_order', 'seed_noise', 'describe', 'fit']
 
 # %% ../nbs/04_training.ipynb #c5eb0e95
 import copy, hashlib, json, math, time, warnings
@@ -101,6 +101,29 @@ def predict(
     with evaluating(model): parts = [model(b.x.to(where)).float() for b in data.batches(batch_size)]
     return torch.cat(parts).to(data.device)
 
+# %% ../nbs/04_training.ipynb #1069ad69
+class NotFiniteError(ValueError):
+    "Logits are NaN or infinitely large."
+
+def check_answers(
+    logits:Tensor, # Raw scores, shape (N, C); -inf masks a class
+    labels:Tensor|None=None, # Right classes, shape (N,), or `UNLABELLED`; None: not compared
+    name:str='the model', # How to call the model in the message
+):
+    "Refuse logits that are no answer: NaN, +inf, every class masked, or the right one."
+    if not (logits < math.inf).all():
+        raise NotFiniteError(f'{name} gives logits that are not finite: its weights are damaged, '
+                             'or its training diverged.')
+    masked = logits == -math.inf
+    if masked.all(1).any(): raise ValueError(f'{name} masks every class of an image with -inf.')
+    if labels is None: return
+    right = labels.clamp(min=0)[:, None]  # where there is no label, any class will do
+    wrong = masked.gather(1, right)[:, 0] & (labels != UNLABELLED)
+    if wrong.any():
+        raise ValueError(f'{name} masks the right class of {wrong.sum():,} of {len(labels):,} images '
+                         f'with -inf, class {labels[wrong][0]} among them: unmask it, or leave out '
+                         'the images that have this label.')
+
 # %% ../nbs/04_training.ipynb #ac3b32d1
 class Evaluation(NamedTuple):
     "What `evaluate` measures."
@@ -116,7 +139,7 @@ def evaluate(
     "Measure `model` on `data`; its mode, weights and buffers are left as they were."
     if (data.y == UNLABELLED).any(): raise ValueError('data must have a label for every image to be evaluated on, but some have none.')
     logits, labels = predict(model, data, batch_size), data.y
-    if not logits.isfinite().all(): raise ValueError('the model gives logits that are not finite: its weights are damaged, or its training diverged.')
+    check_answers(logits, labels)
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     return Evaluation(accuracy, F.cross_entropy(logits, labels).item(), calibration_error(logits, labels))
 

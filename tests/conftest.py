@@ -1,5 +1,20 @@
 """What several test files share."""
 import pytest
+import torch
+from torch import nn
+
+
+class Masked(nn.Module):
+    "A model that masks some of its classes with -inf."
+    def __init__(self, model, *classes, value=-torch.inf):
+        super().__init__()
+        self.model, self.classes, self.value = model, classes, value
+
+    def forward(self, x): return self.model(x).index_fill(1, torch.tensor(self.classes), self.value)
+
+
+@pytest.fixture
+def masked(): return Masked
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from distill_nb import cache
 from distill_nb.cache import HEAD, CachedTeacher, Form, checksum
 from distill_nb.data import CropFlip, ResizedCrop, digits, image_folder
 from distill_nb.logits import Distill
-from distill_nb.losses import dist_loss, dkd_loss
+from distill_nb.losses import dist_loss, dkd_loss, top_k
 from distill_nb.models import digit_student, fingerprint
 from distill_nb.training import Frozen, Objective, Recipe, Supervised, fit, plan
 
@@ -145,6 +145,27 @@ def test_views_that_are_not_kept_are_answered_live():
     cached._tables[torch.float32].left = 1  # as if one were still missing: then it looks at each
     assert torch.equal(cached(outside), Frozen(teacher)(outside)) and torch.equal(cached(outside), Frozen(teacher)(outside))
     assert cached.asked == 240
+
+
+@pytest.mark.parametrize('top', [None, 8])
+def test_masked_classes_are_kept(top, masked):
+    data, teacher = make_data(), masked(make_teacher(), 2, 7)
+    cached = CachedTeacher(teacher, data, top=top, dtype='float32')
+    for _ in range(2):
+        for b in everything(data):
+            said = Frozen(teacher)(b)
+            torch.testing.assert_close(cached(b), said if top is None else top_k(said, top, 4.))
+    assert cached.asked == 540
+
+
+def test_masked_classes_add_nothing_to_the_bucket_of_those_that_are_not_kept(masked):
+    data, plain = make_data(), make_teacher()
+    cached = CachedTeacher(masked(plain, 2, 7), data, top=3, dtype='float32')
+    for b in everything(data):
+        logits, said = Frozen(plain)(b), cached(b)
+        logits[:, [2, 7]] = -1e9
+        rest = (logits / 4).scatter(1, said.places, -torch.inf).logsumexp(1, keepdim=True)
+        torch.testing.assert_close(said.tail.view(-1, 1), 4 * rest, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_beyond_the_type_are_asked_again_and_never_infinite():

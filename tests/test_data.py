@@ -325,7 +325,8 @@ X, Y, C = images(6, side=4), torch.arange(6) % 2, ['a', 'b']
     *[(lambda n=n: ImageData(X, Y, C).batches(n), 'batch_size must be a whole number of at least 1')
       for n in (0, 2.5, math.nan)],
     *[(lambda pad=pad: CropFlip(pad), 'pad must be a whole number of at least 0') for pad in (-1, 0.5, math.nan)],
-    *[(lambda size=size: ResizedCrop(size), 'size must be a whole number of at least 1') for size in (0, 7.5, math.nan)],
+    *[(lambda size=size: ResizedCrop(size), 'size must be a whole number of at least 1')
+      for size in (0, 7.5, math.nan)],
     (lambda: ResizedCrop(8, scale=(0, 1)), 'scale'),
     (lambda: ResizedCrop(8, ratio=(2, 1)), 'ratio'),
     (lambda: load_data('imagenet'), "digits, mnist, fashion_mnist, cifar10, cifar100 or folder:PATH, but is 'imagenet'"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from distill_nb.data import CropFlip, ImageData, digits
 from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, probability_kind, share_interval, tune
-from distill_nb.losses import UNLABELLED, DistillationLoss, kd_loss, reverse_kl_loss
+from distill_nb.losses import UNLABELLED, DistillationLoss, dist_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
 from distill_nb.models import build_model, digit_teacher, fingerprint
 from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
 
@@ -35,6 +35,23 @@ def teacher():
     model = net()
     fit(Supervised(model), images(), Recipe(steps=150, batch_size=32, lr=0.1, precision='float32'))
     return model
+
+
+# --- masked classes
+
+@pytest.mark.parametrize('make', [
+    Distill, lambda s, t: Distill(s, t, standardize=True), lambda s, t: Distill(s, t, divergence=jsd_loss),
+    lambda s, t: Distill(s, t, divergence=dist_loss), lambda s, t: Distill(s, t, divergence=dkd_loss),
+    lambda s, t: Supervised(s, 0.1)])
+@pytest.mark.parametrize('who', ['teacher', 'both'])
+def test_models_that_mask_a_class_train_and_pass_the_exam(teacher, make, who, masked):
+    "The third class has no images; the student that masks it learns as if there were two."
+    data = images().subset(torch.arange(120)[torch.arange(120) % 3 < 2])
+    torch.manual_seed(1)
+    student = masked(net(), 2) if who == 'both' else net()
+    history = fit(make(student, masked(teacher, 2)), data, RECIPE, data)
+    assert all(math.isfinite(l) for values in history.losses.values() for l in values)
+    assert all(p.isfinite().all() for p in student.parameters()) and check_teacher(masked(teacher, 2), data) > 0.9
 
 
 # --- the exam

@@ -477,6 +477,27 @@ def test_the_view_loss_refuses_what_would_be_broadcast(shapes, named):
     with pytest.raises(ValueError, match=named): view_loss(*map(torch.zeros, shapes))
 
 
+def test_a_masked_class_has_no_part_in_the_view_loss():
+    g = torch.Generator().manual_seed(0)
+    gs, gt, c = (torch.randn(shape, generator=g) for shape in ((4, 5), (4, 5), (5,)))
+    hide = lambda x: x.index_fill(-1, torch.tensor([1, 4]), -math.inf)
+    for student in (hide(gs), gs):
+        student.requires_grad_()
+        loss = view_loss(student, hide(gt), c)
+        loss.backward()
+        assert loss.isfinite() and student.grad.isfinite().all()
+    kept = [0, 2, 3]
+    torch.testing.assert_close(view_loss(hide(gs), hide(gt), c), view_loss(gs[:, kept], gt[:, kept], c[kept]))
+
+
+def test_a_self_teacher_learns_with_a_masked_class(masked):
+    data = images().subset(torch.arange(60)[torch.arange(60) % 3 < 2])
+    objective = SelfTeacher(masked(net(0), 2), data)
+    history = fit(objective, data, RECIPE, data)
+    assert all(math.isfinite(l) for values in history.losses.values() for l in values)
+    assert objective.centre.isfinite().all() and objective.centre[2] == 0
+
+
 def test_the_view_loss_checks_its_temperatures():
     for name in ('student_temperature', 'teacher_temperature'):
         for T in (0, math.nan, math.inf):

@@ -68,6 +68,29 @@ def test_calibration_error_is_the_papers(n, classes, bins, seed):
     assert calibration_error(logits, labels, bins) == pytest.approx(slow_calibration_error(logits.numpy(), labels.numpy(), bins), abs=1e-9)
 
 
+def test_a_masked_class_is_evaluated_as_if_it_were_not_there(masked):
+    data = images(classes=3)
+    four = replace_classes(data, 4)
+    model = net(classes=4)
+    class First3(nn.Module):
+        def forward(self, x): return model(x)[:, :3]
+    assert evaluate(masked(model, 3), four) == pytest.approx(evaluate(First3(), data), rel=1e-6)
+
+
+@pytest.mark.parametrize('classes, value, said', [
+    ((3,), math.nan, 'logits that are not finite'), ((3,), math.inf, 'logits that are not finite'),
+    ((1, 3), -math.inf, r'masks the right class of 20 of 60 images with -inf, class 1 among them'),
+    ((0, 1, 2, 3), -math.inf, 'masks every class of an image')])
+def test_logits_that_are_no_answer_are_refused(classes, value, said, masked):
+    model = masked(net(classes=4), *classes, value=value)
+    with pytest.raises(ValueError, match=said): evaluate(model, replace_classes(images(), 4))
+
+
+def replace_classes(data, n):
+    "The same images and labels among `n` classes."
+    return ImageData(data.x, data.y, [str(c) for c in range(n)], augment=data.augment)
+
+
 def test_evaluation_leaves_the_model_as_it_was():
     model = digit_student()
     model.train()
