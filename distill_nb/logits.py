@@ -22,7 +22,8 @@ from .data import Batch, progress_bar
 from .losses import UNLABELLED, DistillationLoss, check_logits, kd_loss
 from .models import fingerprint
 from .training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, calibration_error,
-                                 check_answers, check_classes, evaluate, fit, fit_device, placed, predict)
+                                 check_answers, check_classes, device_of, evaluate, evaluating, fit, fit_device,
+                                 placed, predict)
 
 # %% ../nbs/05_logits.ipynb #aba78c22
 class Exam(NamedTuple):
@@ -163,6 +164,7 @@ class Distill(Objective):
         if self.model is self.teacher.model: raise ValueError('the student must be another module than the teacher, which is frozen; use copy.deepcopy(teacher).')
         self.teacher.check(data)
         if self.teacher.exact_at is not None and self.loss.alpha > 0: self._check_top()
+        if self.loss.scale_free: _warn_of_small_logits(self.model, data)
         if self._examine: check_teacher(self.teacher, data if valid is None else valid)
         else: check_classes(self.teacher.model, data, 'the teacher')
 
@@ -173,6 +175,31 @@ class Distill(Objective):
         if kept != T:
             raise ValueError(f'temperature must be {kept:g}, for which the teacher keeps its largest logits and the '
                              f'weight of the others, but is {T:g}. Make the CachedTeacher with temperature={T:g}.')
+
+# %% ../nbs/05_logits.ipynb #6dd11276
+def _warn_of_small_logits(model, data, least=0.01):
+    "Warn if the logits of one image hardly differ."
+    two = torch.arange(2, device=data.device) % len(data)
+    x = data.get(two).x.to(device_of(model, data.device))
+    with evaluating(model): logits = model(x).float()
+    spread = max(row[row > -math.inf].std(correction=0).item() for row in logits)
+    if spread < least:
+        warnings.warn(f"the student's logits differ by only {spread:.1g} (standard deviation), and the gradient of "
+                      'standardised logits and of dist_loss is as large as 1 / that: the first steps may throw the '
+                      'student far. Let its head start larger, train it on the labels first, or use kd_loss.', stacklevel=3)
+
+@patch
+def explain(self:Distill, batch:Batch)->str|None:
+    "As every objective; and what the masks of student and teacher make infinite."
+    if why := Objective.explain(self, batch): return why
+    with evaluating(self.model): z = self.model(batch.x)
+    v = self.teacher(batch)
+    try: check_answers(v, name='the teacher')
+    except ValueError as error: return str(error)
+    for a, b, here, there, kl in ((z, v, 'student', 'teacher', 'KL(teacher ‖ student)'), (v, z, 'teacher', 'student', 'KL(student ‖ teacher)')):
+        alone = ((a == -math.inf) & (b > -math.inf)).any(0).nonzero()
+        if len(alone): return (f'the {here} masks class {alone[0].item()} with -inf, but the {there} gives it a probability, so that '
+                               f'{kl} is infinite: let both mask it, or use jsd_loss.')
 
 # %% ../nbs/05_logits.ipynb #6a2890fc
 def interval(

@@ -283,6 +283,12 @@ def forward(self:DistillationLoss,
     "The sum of the parts."
     return sum(self.parts(student_logits, teacher_logits, labels).values())
 
+@patch(as_prop=True)
+def scale_free(self:DistillationLoss):
+    "Is the soft part blind to the scale of the student's logits? Then its gradient is as large as 1 / scale."
+    f = self.divergence.func if isinstance(self.divergence, partial) else self.divergence
+    return self.standardize or f is dist_loss
+
 @patch
 def extra_repr(self:DistillationLoss):
     "All settings, so that `repr` tells any two different losses apart, in every process."

@@ -9,7 +9,7 @@ from distill_nb import data as data_module, models as models_module
 from distill_nb.cache import LOOK, CachedTeacher
 from distill_nb.cli import distill_nb, distill_nb_data_free
 from distill_nb.data import ImageData, Splits, digits, few_labels
-from distill_nb.data_free import DATA_FREE, Pictures, distill_without_data
+from distill_nb.data_free import Pictures, distill_without_data
 from distill_nb.features import FEATURE_WEIGHTS, feature_method, feature_shapes, layer_similarity, plot_attention
 from distill_nb.logits import Distill, check_teacher, compare
 from distill_nb.methods import METHODS, Task, choose, contender

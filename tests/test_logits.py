@@ -1,5 +1,6 @@
 """Distill, the teacher's exam, and comparisons that can be trusted."""
 import copy, math, subprocess, sys, warnings
+from functools import partial
 
 import pytest
 import torch
@@ -52,6 +53,45 @@ def test_models_that_mask_a_class_train_and_pass_the_exam(teacher, make, who, ma
     history = fit(make(student, masked(teacher, 2)), data, RECIPE, data)
     assert all(math.isfinite(l) for values in history.losses.values() for l in values)
     assert all(p.isfinite().all() for p in student.parameters()) and check_teacher(masked(teacher, 2), data) > 0.9
+
+
+@pytest.mark.parametrize('make, hidden, said', [
+    (Distill, 'student', r'The student masks class 2 with -inf, but the teacher gives it a probability, '
+                         r'so that KL\(teacher ‖ student\) is infinite'),
+    (lambda s, t: Distill(s, t, divergence=reverse_kl_loss), 'teacher', r'The teacher masks class 2 .* KL\(student ‖ teacher\) is infinite')])
+def test_a_mask_that_makes_the_loss_infinite_is_named(teacher, masked, make, hidden, said):
+    data = images().subset(torch.arange(120)[torch.arange(120) % 3 < 2])
+    student, teach = (masked(net(), 2), teacher) if hidden == 'student' else (net(), masked(teacher, 2))
+    broke = "the loss 'soft' became inf at step 0 of 12; no checkpoint was written. "
+    with pytest.raises(ValueError, match=broke + said) as e: fit(make(student, teach), data, RECIPE)
+    assert not isinstance(e.value, DivergedError) and 'learning rate' not in str(e.value)
+
+
+def test_a_teacher_without_answers_is_named(teacher, masked):
+    objective = Distill(net(), masked(teacher, 0, value=math.nan), examine=False)
+    said = "'soft' became nan at step 0.*The teacher gives logits that are not finite"
+    with pytest.raises(ValueError, match=said): fit(objective, images(), RECIPE)
+
+
+@pytest.mark.parametrize('settings', [dict(standardize=True), dict(divergence=dist_loss), dict(divergence=partial(dist_loss, inter=2.))])
+def test_a_student_that_begins_near_0_is_warned_of_and_stopped(teacher, settings):
+    "The gradient of a loss that is blind to scale is as large as 1 / scale."
+    def small(factor):
+        torch.manual_seed(0)
+        student = net()
+        with torch.no_grad():
+            for p in student[-1].parameters(): p.mul_(factor)
+        return student
+    with warnings.catch_warnings(), pytest.raises(DivergedError, match="the loss 'hard' became .*e[+].* A smaller learning rate"):
+        warnings.simplefilter('error')
+        fit(Distill(small(1.), teacher, **settings), images(), RECIPE)  # no warning
+        warnings.simplefilter('ignore')
+        fit(Distill(small(1e-10), teacher, **settings), images(), RECIPE)
+    with pytest.warns(UserWarning, match="the student's logits differ by only .*1 / that"):
+        Distill(small(1e-10), teacher, **settings).check(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Distill(small(1e-10), teacher).check(images())  # plain logits need no warning
 
 
 # --- the exam

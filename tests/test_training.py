@@ -392,6 +392,42 @@ def test_a_last_step_that_destroys_the_weights_is_noticed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('first, factor, stops', [(1., 1.1e5, True), (1., 0.9e5, False), (1e4, 1.1e5, True), (1e4, 0.9e5, False),
+                                                  (0., 1e4, False)])
+def test_a_loss_that_becomes_absurd_has_diverged(tmp_path, first, factor, stops):
+    "100,000 times the losses of the first step, or 1 if they were smaller; also if it comes down again."
+    at = lambda l, n: {'a': l / l.detach() * (max(first, 1.) * factor if n == 7 else first), 'b': 0 * l}
+    train = lambda: fit(Returns(net(), at), images(), RECIPE, folder=tmp_path, save_every=0)
+    if not stops: assert len(train().losses['a']) == 20
+    else:
+        with pytest.raises(DivergedError, match=r"'a' became [\d.e+]+ at step 6 of 20; .* A smaller learning rate than 0.05"): train()
+
+
+def test_a_run_that_resumes_remembers_its_first_losses(tmp_path, interrupt):
+    at = lambda l, n: {'a': l / l.detach() * (3e4 if n == 15 else 1. if n == 1 else 0.1)}
+    broken = lambda: Returns(net(), at)
+    fit(broken(), images(), RECIPE, folder=tmp_path/'whole')
+    objective = broken()
+    interrupt(objective, 12)
+    with pytest.raises(KeyboardInterrupt): fit(objective, images(), RECIPE, folder=tmp_path/'cut', save_every=0)
+    fit(broken(), images(), RECIPE, folder=tmp_path/'cut', resume=True)
+
+
+def test_a_label_that_the_model_masks_is_named(masked):
+    "It is no matter of the learning rate, in the losses as little as on the validation split."
+    said = r"masks the right class of \d+ of \d+ images with -inf, class 1 among them"
+    for valid in (None, images()):
+        with pytest.raises(ValueError, match=said) as e: fit(Supervised(masked(net(), 1)), images(), RECIPE, valid)
+        assert not isinstance(e.value, DivergedError) and 'learning rate' not in str(e.value)
+
+
+def test_an_explanation_that_fails_does_not_hide_the_divergence():
+    class Explains(Returns):
+        def explain(self, batch): raise KeyError('no')
+    with pytest.raises(DivergedError, match='became nan at step 2'):
+        fit(Explains(net(), lambda l, n: {'a': l * (math.nan if n == 3 else 1)}), images(), RECIPE)
+
+
 def test_fit_leaves_the_callers_random_numbers_alone():
     torch.manual_seed(3)
     expected = torch.rand(4)
