@@ -57,7 +57,7 @@ def kernel(nb, python=sys.executable, first=''):
         argv = [python, '-m', 'ipykernel_launcher', '-f', '{connection_file}', f'--IPKernelApp.exec_lines={first}']
         manager._kernel_spec = KernelSpec(argv=argv if first else argv[:-1], language='python')
         client = NotebookClient(nb, km=manager, timeout=None, resources={'metadata': {'path': folder}})
-        with client.setup_kernel(cleanup_kc=True): yield lambda i: client.execute_cell(nb.cells[i], i, store_history=False)
+        with client.setup_kernel(cleanup_kc=True): yield lambda i: client.execute_cell(nb.cells[i], i)
 
 
 def run(path, flags=('slow',)):
