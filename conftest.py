@@ -13,7 +13,12 @@ os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 import pytest
 from tools.notebooks import NBS, ROOT, kernel, runs
 
-DEVICES = {'cpu': '', 'gpu': f'import sys; sys.path.append({str(ROOT/"tests")!r}); import pretended_gpu; pretended_gpu.begin()'}
+CARD = f'''import sys, torch
+sys.path.append({str(ROOT/"tests")!r})
+import pretended_gpu
+pretended_gpu.begin()
+assert torch.zeros(1, device='cuda').is_cuda'''
+DEVICES = {'cpu': '', 'gpu': CARD}
 
 
 def pytest_addoption(parser):

@@ -523,6 +523,7 @@ def paired(
     measure:str='accuracy', # A key of their runs
 )->tuple: # Mean, and the interval's ends [low, high]
     "The difference of two rows, paired by seed."
-    runs = [{'model': i} | run for i, r in enumerate((row, other)) for run in r['runs']]
+    runs = [{'model': i, 'seed': run['seed'], measure: run[measure]}
+            for i, r in enumerate((row, other)) for run in r['runs']]
     difference = Comparison(runs, 1).rows(measure)[0]
     return difference['difference'], difference['difference_ci95']

@@ -453,7 +453,9 @@ class TopK(NamedTuple):
 def _tail(logits, places, temperature):
     "The logit of a bucket that holds all classes but `places`: (B, C) -> (B, 1)"
     others = upcast(logits).scatter(1, places, -math.inf)
-    return temperature * (others / temperature).logsumexp(1, keepdim=True)
+    none = (others == -math.inf).all(1, keepdim=True)  # whose logarithm has no gradient
+    sums = (others / temperature).masked_fill(none, 0.).logsumexp(1, keepdim=True)
+    return temperature * sums.masked_fill(none, -math.inf)
 
 def top_k(
     logits:Tensor,        # Raw scores, shape (B, C)

@@ -116,7 +116,7 @@ def rehearse(
     **setting, # One of its settings; none: the first that it would try
 ):
     "Compute the method's losses for two images, with copies of the networks; a method that can't work here raises a `ValueError` now, and not after a long training."
-    task = task._replace(teacher=copy.deepcopy(_network(task.teacher)), recipe=replace(task.recipe, steps=1), folder=None, device='cpu')
+    task = task._replace(teacher=copy.deepcopy(_network(task.teacher)), recipe=replace(task.recipe, steps=1, precision='float32'), folder=None, device='cpu')
     make = contender(name, task, **(setting or _method(name).grid[0]))
     with torch.random.fork_rng([]):
         try:

@@ -365,12 +365,13 @@ def stored_classes(
 def pack_weights(
     model:nn.Module, # Network to save
     classes=None,    # Names of the classes, in the order of the outputs
-    **metadata,      # Facts to keep beside the weights; the values become text
+    **metadata,      # Facts to keep beside the weights; values become text, lists and tuples JSON
 ) -> bytes:          # A safetensors file
     "Weights, buffers and facts, with a fingerprint of them all, as the bytes of a file"
     from safetensors.torch import save
     tensors = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in model.state_dict().items()}
-    facts = {k: str(v) for k, v in metadata.items() if k != 'fingerprint'}
+    text = lambda v: json.dumps(list(v)) if isinstance(v, (tuple, list)) else str(v)
+    facts = {k: text(v) for k, v in metadata.items() if k != 'fingerprint'}
     if classes is not None: facts['classes'] = json.dumps(_different_names(classes, 'classes'))
     return save(tensors, facts | {'fingerprint': fingerprint(tensors, facts)})
 

@@ -452,6 +452,21 @@ def fit_device(
     device:str|None=None, # 'cpu', 'cuda', 'mps', ...; None: the best there is
 )->torch.device:
     "The device on which `fit` will run; a `ValueError` if this machine does not have it."
+    with _own_device_state(): return _claim(device)
+
+@contextmanager
+def _own_device_state():
+    "Put back the device that `accelerate` keeps for a process; one of several keeps its place among them."
+    from accelerate import PartialState
+    before = dict(PartialState._shared_state)
+    try: yield
+    finally:
+        if PartialState._shared_state and PartialState().num_processes == 1:
+            PartialState._reset_state()
+            PartialState._shared_state.update(before)
+
+def _claim(device):
+    "Bind `accelerate` to a device, as `fit` does for the time of a run."
     from accelerate import PartialState
     try: want = None if device is None else torch.device(device)
     except (RuntimeError, TypeError): raise ValueError(f"device must be one like 'cpu', 'cuda' or 'mps', but is {device!r}.") from None
@@ -470,7 +485,7 @@ def _accelerator(recipe, device):
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()
-    want = fit_device(device)
+    want = _claim(device)
     precision = best_precision(want) if recipe.precision == 'auto' else recipe.precision
     if precision == 'float16' and want.type != 'cuda': raise ValueError(f"precision 'float16' needs a CUDA device, but the device is {str(want)!r}.")
     world, pieces = PartialState().num_processes, recipe.accumulate
@@ -481,11 +496,12 @@ def _accelerator(recipe, device):
 
 @contextmanager
 def _own_state():
-    "Put back what `accelerate` keeps for the whole process, precision and accumulation among it, when the run is over."
+    "Put back what `accelerate` keeps for the whole process (device, precision, accumulation) when the run is over."
     from accelerate.state import AcceleratorState, GradientState
     kept = [(state, {k: copy.copy(v) if isinstance(v, (dict, list)) else v for k, v in state._shared_state.items()}) for state in (AcceleratorState, GradientState)]
     for state, _ in kept: state._reset_state()
-    try: yield
+    try:
+        with _own_device_state(): yield
     finally:
         for state, values in kept:
             state._reset_state()
@@ -692,28 +708,30 @@ def steps(self:_Run):
     epochs = max(1, round(self.total * r.batch_size / len(self.data)))
     every = math.ceil(self.total / min(50, epochs))  # steps between two rows
     batches = self.data.stream(plan(self.data, r, self.step, self.total, acc.process_index, acc.num_processes))
-    values, bar, self.saved = [], self._bar(), self.started
+    values, self.saved = [], self.started
     self.objective.train()
-    while self.step < self.total:
-        names, losses = self._train_step(self.step, batches)
-        values.append(losses)
-        self.step += 1
-        end = self.step % every == 0 or self.step == self.total
-        if end or self.step % 100 == 0:
-            self._read(names, values)
-            if end: self._add_row()
-            bar.set_postfix(self._shown(names), refresh=False)
-            bar.update(len(values))
-            values = []
-            if time.perf_counter() - self.saved >= self.save_every: self._save()
-        yield
-    bar.close()
+    with self._bar() as bar:
+        while self.step < self.total:
+            names, losses = self._train_step(self.step, batches)
+            values.append(losses)
+            self.step += 1
+            end = self.step % every == 0 or self.step == self.total
+            if end or self.step % 100 == 0:
+                self._read(names, values)
+                if end: self._add_row()
+                bar.set_postfix(self._shown(names), refresh=False)
+                bar.update(len(values))
+                values = []
+                if time.perf_counter() - self.saved >= self.save_every: self._save()
+            yield
 
 @patch
 def run(self:_Run):
     "Train to the last step and return the history."
-    for _ in self.steps(): pass
-    return self._finish()
+    try:
+        for _ in self.steps(): pass
+        return self._finish()
+    finally: self._release()
 
 # %% ../nbs/04_training.ipynb #f9fa2935
 @patch
@@ -730,12 +748,16 @@ def _shown(self:_Run, names):
 
 @patch
 def _finish(self:_Run):
-    "Save, and give the objective back without wrappers, in eval mode."
+    "Save, and hand out the history."
     self._save(done=True)
     self.history.seconds = self._seconds()
+    return self.history
+
+@patch
+def _release(self:_Run):
+    "Give the objective back without wrappers, in eval mode; after a run that failed, too."
     self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
     self.objective.eval()
-    return self.history
 
 # %% ../nbs/04_training.ipynb #a6c86c7b
 def fit(

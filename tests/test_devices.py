@@ -12,7 +12,7 @@ from distill_nb.data import ImageData, Splits, digits, few_labels
 from distill_nb.data_free import Pictures, distill_without_data
 from distill_nb.features import FEATURE_WEIGHTS, feature_method, feature_shapes, layer_similarity, plot_attention
 from distill_nb.logits import Distill, check_teacher, compare
-from distill_nb.methods import METHODS, Task, choose, contender
+from distill_nb.methods import METHODS, Task, choose, contender, rehearse
 from distill_nb.models import digit_student, digit_teacher, profile_model, save_weights
 from distill_nb.self_distillation import BeYourOwnTeacher, SelfTeacher, born_again, exit_logits, measure_exits, sure_curve
 from distill_nb.training import Frozen, Recipe, Supervised, best_precision, device_of, evaluate, fit, fit_device, placed, predict
@@ -157,6 +157,32 @@ def test_an_accelerator_on_the_cpu_does_not_bind_what_comes_after(card, taught):
     assert fit_device().type == 'cuda' and mine.device == CPU
     history = fit(Supervised(digit_student()), taught[0].train, RECIPE)
     assert 'pretended card' in history.environment['hardware'] and mine.device == CPU
+
+
+def test_a_run_on_the_cpu_does_not_bind_what_comes_after(card, taught):
+    from accelerate import Accelerator
+    fit_device('cpu')
+    assert Accelerator().device.type == 'cuda'
+    fit(Supervised(digit_student()), taught[0].train, RECIPE, device='cpu')
+    assert Accelerator().device.type == 'cuda' and fit_device().type == 'cuda'
+
+
+@pytest.mark.parametrize('lr', [0.01, 1e30])
+def test_nothing_of_a_run_in_half_precision_stays_on_the_objective(taught, lr):
+    objective = Supervised(digit_student())
+    try: fit(objective, taught[0].train, Recipe(steps=9, lr=lr, warmup=0., precision='bfloat16'), device='cpu')
+    except ValueError: assert lr > 1
+    assert not hasattr(objective, '_original_forward') and not objective.training
+    seen = []
+    objective.model.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    objective(taught[0].train.get(torch.arange(4)))
+    assert seen == [torch.float32]
+
+
+def test_a_method_that_trains_an_earlier_student_is_rehearsed_in_float32(card, taught):
+    train = taught[0].train
+    task = Task(digit_student, taught[1], train, train, Recipe(steps=2, batch_size=32, precision='float16'))
+    rehearse('born_again', task)
 
 
 def test_a_device_that_accelerate_was_told_to_use_is_named(card, monkeypatch):

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 
 from distill_nb.data import CropFlip, ImageData, digits
-from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, probability_kind, share_interval, tune
+from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, paired, probability_kind, share_interval, stored_result, tune
 from distill_nb.losses import UNLABELLED, DistillationLoss, dist_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
 from distill_nb.models import build_model, digit_teacher, fingerprint
 from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
@@ -583,3 +583,8 @@ def test_a_table_needs_no_ipython():
     code = f"import sys; sys.modules['IPython'] = None; from distill_nb.logits import markdown_table; print(markdown_table({ROWS}, digits=2))"
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert p.stdout == TABLE + '\n', p.stderr
+
+
+def test_rows_of_results_of_different_age_are_paired():
+    old, new = ([r for r in stored_result(name)['rows'] if r['model'] == 'kd'][0] for name in ('methods_digits', 'dist_digits'))
+    assert paired(new, old)[0] == pytest.approx(-paired(old, new)[0])

@@ -826,3 +826,11 @@ def test_a_bucket_is_finite_for_extreme_logits_and_leaves_the_hard_part_alone():
     assert parts['hard'] == DistillationLoss(1., 0.5).parts(z, v, y)['hard'] and parts['soft'].isfinite()
     parts['soft'].backward()
     assert z.grad.isfinite().all()
+
+
+def test_a_bucket_in_which_every_class_is_masked_has_no_pull():
+    z = torch.tensor([[1., 2., -torch.inf, -torch.inf]], requires_grad=True)
+    v = torch.tensor([[2., 1., -torch.inf, -torch.inf]])
+    some, full = (torch.autograd.grad(DistillationLoss(4., 1.)(z, t), z)[0] for t in (top_k(v, 2, 4.), v))
+    assert some.isfinite().all()
+    torch.testing.assert_close(some, full)

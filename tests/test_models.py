@@ -573,3 +573,9 @@ def test_counts_for_people(): assert [M.human(n) for n in (0, 678, 999.6, 12_345
 def test_cost_table():
     table = M.cost_table({'a': M.ModelCost(678, 21_056, 3936, 0.0712)})
     assert table.splitlines()[-1] == '| a | 678 | 21.1 k | 3.94 kB | 0.07 ms |'
+
+
+def test_facts_that_are_tuples_are_read_as_lists(tmp_path):
+    M.save_weights(M.digit_student(), tmp_path/'w.safetensors', mean=(0.5,), std=[0.25])
+    facts = M.read_weights(tmp_path/'w.safetensors')[1]
+    assert json.loads(facts['mean']) == [0.5] and json.loads(facts['std']) == [0.25]

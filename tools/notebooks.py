@@ -52,12 +52,17 @@ def kernel(nb, python=sys.executable, first=''):
     from jupyter_client import KernelManager
     from jupyter_client.kernelspec import KernelSpec
     from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
         manager = KernelManager(transport='ipc', connection_file=f'{sockets}/kernel.json')
-        argv = [python, '-m', 'ipykernel_launcher', '-f', '{connection_file}', f'--IPKernelApp.exec_lines={first}']
-        manager._kernel_spec = KernelSpec(argv=argv if first else argv[:-1], language='python')
+        manager._kernel_spec = KernelSpec(argv=[python, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], language='python')
         client = NotebookClient(nb, km=manager, timeout=None, resources={'metadata': {'path': folder}})
-        with client.setup_kernel(cleanup_kc=True): yield lambda i: client.execute_cell(nb.cells[i], i)
+        with client.setup_kernel(cleanup_kc=True):
+            if first:
+                nb.cells.append(new_code_cell(first))
+                client.execute_cell(nb.cells[-1], len(nb.cells) - 1)
+                nb.cells.pop()
+            yield lambda i: client.execute_cell(nb.cells[i], i)
 
 
 def run(path, flags=('slow',)):
