@@ -315,7 +315,7 @@ def standardize(
     check_rows(logits, 'logits')
     logits = upcast(logits)
     there = logits != -math.inf
-    length = there.sum(-1, keepdim=True).sqrt()
+    length = there.sum(-1, keepdim=True, dtype=logits.dtype).sqrt()
     return (length * _direction(logits, there)).masked_fill(~there, -math.inf)
 
 # %% ../nbs/01_losses.ipynb #3efc9e4a
