@@ -15,13 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .data_free import DATA_FREE, DataFree, Generator, Noise
-from .features import feature_method
-from .logits import GRID, Distill, compare, try_each
+from .files import fingerprint
 from .losses import dist_loss, dkd_loss
-from .models import fingerprint
-from .self_distillation import BeYourOwnTeacher, SelfTeacher, repeat_labelled
 from .training import Frozen, Recipe, Supervised, fit
+from .compare import try_each
+from .logits import GRID, Distill
+from .features import feature_method
+from .self_distillation import BeYourOwnTeacher, SelfTeacher, repeat_labelled
+from .data_free import DATA_FREE, DataFree, Generator, Noise
 
 # %% ../nbs/methods.ipynb #3c994648
 class Task(NamedTuple):

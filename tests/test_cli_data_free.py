@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_nb import cli, data_free
-from distill_nb.cli import distill_nb_data_free, head_of, picture_of, run_command, table
+from distill_nb import data_free, run
+from distill_nb.files import read_weights, save_weights
 from distill_nb.data import digits
-from distill_nb.logits import share_interval
-from distill_nb.models import build_model, load_weights, read_weights, save_weights
 from distill_nb.training import Recipe, Supervised, evaluate, fit
+from distill_nb.compare import share_interval
+from distill_nb.zoo import build_model, load_weights
+from distill_nb.report import head_of, picture_of, table
+from distill_nb.cli import distill_nb_data_free, run_command
 
 PAIR = ['--teacher', 'digit_teacher', '--student', 'digit_student']
 SHAPE = ['--channels', '1', '--size', '8']
@@ -43,7 +45,7 @@ def blind(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp('blind')/'run'
     with pytest.MonkeyPatch.context() as m:
         def read(*_, **__): raise AssertionError('a data set was read')
-        m.setattr(cli, 'load_data', read)
+        m.setattr(run, 'load_data', read)
         assert command(*PAIR, *SHAPE, '--teacher_weights', teacher, '--steps', 30, '--out', folder) == 0
     return folder
 
@@ -156,7 +158,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, said, teacher, tmp_path,
 
 def test_a_teacher_without_batch_norm_is_refused(tmp_path, monkeypatch, capsys):
     def plain(name, classes, channels, size): return torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * (size - 2)**2, classes))
-    monkeypatch.setattr(cli, 'build_model', plain)
+    monkeypatch.setattr(run, 'build_model', plain)
     save_weights(plain('', 10, 1, 8), tmp_path/'plain.safetensors')
     assert command(*SHAPE, '--teacher_weights', tmp_path/'plain.safetensors', '--out', tmp_path/'run') == 2
     err = capsys.readouterr().err

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from distill_nb.losses import (UNLABELLED, DistillationLoss, collapse, dist_loss, dkd_loss, hard_loss, jsd_loss, kd_loss, log_soften,
-                               reverse_kl_loss, standardize, top_k, upcast)
+from distill_nb.losses import (UNLABELLED, DistillationLoss, collapse, dist_loss, dkd_loss, hard_loss, jsd_loss,
+                               kd_loss, log_soften, reverse_kl_loss, standardize, top_k, upcast)
 
 quick = settings(deadline=None, max_examples=20)
 
