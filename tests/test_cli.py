@@ -12,10 +12,10 @@ from distill_nb.data import ImageData, digits
 from distill_nb.folders import load_data
 from distill_nb.models import resnet18
 from distill_nb.training import evaluate
-from distill_nb.compare import interval, paired, share_interval, text_table
+from distill_nb.compare import interval, paired, share_interval, table
 from distill_nb.zoo import build_model, imagenet_normalisation, load_weights, make_teacher, pretrained_model
 from distill_nb.methods import METHODS
-from distill_nb.report import stored_result, table, verdicts
+from distill_nb.report import result_table, stored_result, verdicts
 from distill_nb.run import PRESETS, command_line, free_folder
 from distill_nb.cli import distill_nb, run_command
 
@@ -84,10 +84,10 @@ def test_rows_are_paired_by_seed_wherever_they_come_from():
 
 def test_intervals_are_printed_by_their_ends(finished):
     rows = json.loads((finished/'result.json').read_text())['rows']
-    cells, page = table(rows), (finished/'report.html').read_text()
-    for r, shown in zip(rows, cells[1:]):
+    shown, page = result_table(rows), (finished/'report.html').read_text()
+    for r, cells in zip(rows, shown.rows):
         cell = f"{100 * r['accuracy']:.2f} [{100 * r['ci95'][0]:.2f}, {100 * r['ci95'][1]:.2f}]"
-        assert shown[cells[0].index('accuracy % [95 %]')] == cell and cell in page
+        assert cells[shown.head.index('accuracy % [95 %]')] == cell and cell in page
     assert '±' not in page and "Wilson&#x27;s" not in page and "Wilson's over the test images" in page
 
 
@@ -114,8 +114,8 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
 
 
 def test_a_share_near_one_is_not_said_to_be_known_better_than_it_is():
-    cells = table(stored_result('digits')['rows'])
-    assert cells[1][cells[0].index('accuracy % [95 %]')] == '99.44 [97.99, 99.85]'  # Wald: 98.67 to 100.21
+    shown = result_table(stored_result('digits')['rows'])
+    assert shown.rows[0][shown.head.index('accuracy % [95 %]')] == '99.44 [97.99, 99.85]'  # Wald: 98.67 to 100.21
 
 
 def test_the_weights_are_those_that_were_reported(finished):
@@ -452,11 +452,12 @@ def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):
 def test_the_command_line_makes_the_run_again():
     import inspect
     options = {k: p.default for k, p in inspect.signature(distill_nb).parameters.items()}
-    assert command_line(options, Path('r')) == 'distill_nb --out r'
-    assert command_line(options | {'data': 'folder:my photos', 'skip_damaged': True, 'resume': True}, Path('r')) == "distill_nb --data 'folder:my photos' --skip_damaged --out r"
+    assert command_line(distill_nb, options, out='r') == 'distill_nb --out r'
+    changed = options | {'data': 'folder:my photos', 'skip_damaged': True, 'resume': True}
+    assert command_line(distill_nb, changed, out='r') == "distill_nb --data 'folder:my photos' --skip_damaged --out r"
 
 
 @pytest.mark.parametrize('ci,said', [([0.01, 0.02], 'helped'), ([-0.01, 0.02], 'no effect'), ([-0.02, -0.01], 'hurt'), (None, 'one seed')])
 def test_verdicts_read_the_interval(ci, said):
-    row = {'setting': 'few_labels', 'model': 'distilled', 'difference': 0.01, 'difference_ci95': ci, 'chosen': {'temperature': 4., 'alpha': 0.9}}
+    row = {'setting': 'few_labels', 'model': 'distilled', 'method': 'kd', 'difference': 0.01, 'difference_ci95': ci, 'chosen': {'temperature': 4., 'alpha': 0.9}}
     assert said in verdicts([row])[0]

@@ -13,8 +13,8 @@ from distill_nb.losses import UNLABELLED, DistillationLoss, dist_loss, dkd_loss,
 from distill_nb.data import CropFlip, ImageData, digits
 from distill_nb.models import digit_teacher
 from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
-from distill_nb.compare import Comparison, agreement, compare, interval, markdown_table, paired, share_interval
-from distill_nb.logits import Distill, by_luck, check_teacher, probability_kind, tune
+from distill_nb.compare import Comparison, agreement, compare, interval, paired, share_interval
+from distill_nb.logits import Distill, by_luck, check_teacher, probability_kind
 from distill_nb.zoo import build_model
 from distill_nb.report import stored_result
 
