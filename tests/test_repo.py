@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.notebooks import (NBS, ROOT, bibliography, code_hash, head, kernel, links, notebooks, readme, references, runs,
-                             settings, stale)
+from tools.notebooks import (NBS, ROOT, bibliography, code_hash, form, head, kernel, links, notebooks, readme, references,
+                             runs, settings, stale)
 
 MODULES = ['losses', 'theory', 'data', 'models', 'training', 'logits', 'cache', 'features', 'self_distillation', 'data_free', 'methods', 'bench', 'cli']
 S = settings()
@@ -34,6 +34,68 @@ def test_readme_is_the_index(): assert (ROOT/'README.md').read_text() == readme(
 
 
 def test_stored_outputs_are_as_new_as_their_code(): assert stale() == []
+
+
+SIGNATURE = """#| exports
+def kept(
+    x, # {0}
+    *,
+    y=(1,
+       2), # {1}
+)->int: # {2}
+    "A `name` here is a link."
+    return x  # `x` is no parameter here
+
+class Pair:
+    first:int # {3}
+    def later(self, z): # {4}
+        return z  # `z`"""
+
+
+@pytest.fixture
+def faults(tmp_path):
+    "A function that makes a notebook of cells, sources of code or (markdown,), and gives what `form` says of it."
+    import nbformat
+    def of(*sources):
+        new = nbformat.v4
+        cells = [new.new_code_cell(s) if isinstance(s, str) else new.new_markdown_cell(*s) for s in sources]
+        for i, cell in enumerate(cells): cell.id = f'c{i}'
+        nbformat.write(new.new_notebook(cells=cells), tmp_path/'page.ipynb')
+        return [line.partition('page.ipynb, cell ')[2] for line in form(tmp_path/'page.ipynb')]
+    return of
+
+
+def test_a_page_in_form_has_no_faults(faults):
+    twenty = '\n'.join(['#| exports', *['x = 1'] * 20])
+    text = ('`x[0]` and [a name](x.html), then `y`',)
+    assert faults('x' * 100, twenty, ('m' * 200,), twenty, '#| export\nimport os', twenty, text, twenty, 'x', twenty) == []
+    assert faults(SIGNATURE.format(*'abcde')) == []
+
+
+def test_what_does_not_fit_a_page_is_found_in_its_place(faults):
+    assert faults('x', 'y\n' + 'α' * 101) == ['c1: line 2 has 101 characters, more than 100']
+    assert faults('#| hide\n' + 'x\n' * 21) == ['c0: 21 lines of code, more than 20']
+    assert faults(('see [the `x`](x.html)',)) == ['c0: a backtick in the text of a link: [the `x`]']
+    row = ['#| exports\nx = 1', '#| export\ny = 1', '#| export\nimport os\nfrom sys import argv', '#| exporti\nz = 1']
+    assert faults(*row) == ['c3: 3 exported cells in a row, more than 2, from c0 to c3']
+
+
+def test_a_backtick_is_found_in_each_documented_place(faults):
+    for i, line in enumerate((3, 6, 7, 12, 13)):
+        comments = ['`x`' if i == k else 'x' for k in range(5)]
+        assert faults(SIGNATURE.format(*comments)) == [f'c0: line {line} has a backtick in the comment of a parameter']
+        assert faults(SIGNATURE.format(*comments).replace('#| exports', '#')) == []
+
+
+def test_the_lines_of_a_module_are_measured(tmp_path):
+    (tmp_path/'a.py').write_text('x\n' + 'x' * 120 + '\n' + 'x' * 121)
+    [line] = form(tmp_path/'a.py')
+    assert line.endswith('a.py:3: 121 characters, more than 120')
+    job = [sys.executable, '-m', 'tools.notebooks', 'form', tmp_path/'a.py']
+    p = subprocess.run(job, cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 1 and p.stderr.startswith(line)
+    (tmp_path/'a.py').write_text('x')
+    assert subprocess.run(job, cwd=ROOT).returncode == 0
 
 
 def test_a_changed_cell_makes_the_outputs_stale():
@@ -241,6 +303,24 @@ def test_every_cell_flag_that_is_left_out_by_default_is_known():
     assert flags <= {'export', 'exports', 'exporti', 'hide', 'slow', 'gpu'}
     gpu = {'cell_type': 'code', 'source': ['#| gpu\n', '1']}
     assert not runs(gpu) and not runs(gpu, ['slow']) and runs(gpu, ['gpu'])
+
+
+def test_slow_tests_run_when_they_are_asked_for(tmp_path):
+    (tmp_path/'test_a.py').write_text("""import pytest
+def test_quick(): pass
+@pytest.mark.slow
+def test_slow(): pass
+@pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_some(n): pass""")
+    def run(*more):
+        command = [sys.executable, '-m', 'pytest', '-c', ROOT/'pyproject.toml', '--rootdir', tmp_path, '-p', 'conftest',
+                   '-p', 'no:cacheprovider', '-n', '0', '-v', *more, tmp_path/'test_a.py']
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        return re.findall(r'::(\S+) PASSED', said), said
+    assert run('-W', 'error')[0] == ['test_quick', 'test_some[1]']
+    assert run('--flags', 'slow')[0] == ['test_quick', 'test_slow', 'test_some[1]', 'test_some[2]']
+    assert re.search(r'slowest 10 files.*\n.* s  test_a.py\n.* s  all 1 files', run('--durations', '1')[1])
+    assert 'pytest --flags slow' in (ROOT/'.github/workflows/slow.yml').read_text()
 
 
 @pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.name)
