@@ -212,23 +212,31 @@ def test_ways_to_answer_can_be_compared(tmp_path, capsys):
     assert live['accuracy'] == pytest.approx(kept['accuracy'], abs=0.05)
 
 
-def test_methods_can_be_compared_with_the_same_number_of_tries(tmp_path, capsys):
-    argv = ['--epochs', 1, '--teacher_epochs', 4, '--seeds', 2, '--method', 'alone,dkd,self', '--labels', 100]
+@pytest.mark.parametrize('methods,settings', [
+    (['alone', 'dkd'], ['all_labels']),
+    pytest.param(['alone', 'dkd', 'self'], ['all_labels', 'few_labels'], marks=pytest.mark.slow)])
+def test_methods_can_be_compared_with_the_same_number_of_tries(methods, settings, tmp_path, capsys):
+    labels = 100 if 'few_labels' in settings else 0
+    argv = ['--epochs', 1, '--teacher_epochs', 4, '--seeds', 2, '--method', ','.join(methods), '--labels', labels]
     assert command(*argv, '--out', tmp_path/'run') == 0
     result = json.loads((tmp_path/'run'/'result.json').read_text())
-    for setting in ('all_labels', 'few_labels'):
+    assert {r['setting'] for r in result['rows']} == set(settings)
+    for setting in settings:
         rows = {r['model']: r for r in result['rows'] if r['setting'] == setting}
-        assert list(rows) == ['teacher', 'alone', 'dkd', 'self']
+        assert list(rows) == ['teacher', *methods]
         for row in list(rows.values())[1:]:
             mean = lambda k: sum(run[k] for run in row['runs'])/len(row['runs'])
             assert row['seconds_per_epoch'] > 0 and len(row['runs']) == 2
             assert row['accuracy'] == pytest.approx(mean('accuracy'))
             assert row['seconds'] == pytest.approx(mean('seconds'))
         assert set(rows['dkd']['chosen']) == {'temperature', 'alpha', 'beta'} and 'difference' in rows['dkd']
-        assert [sum(t['method'] == m for t in result['tries'][setting]) for m in ('alone', 'dkd', 'self')] == [4, 4, 4]
-    assert 'With few labels, dkd (T=' in capsys.readouterr().out
+        tries = [t['method'] for t in result['tries'][setting]]
+        assert {m: tries.count(m) for m in methods} == dict.fromkeys(methods, 4)
+    said = capsys.readouterr().out
+    for setting in settings: assert f"With {setting.replace('_', ' ')}, dkd (T=" in said
 
 
+@pytest.mark.slow
 def test_a_setting_that_diverged_is_said(tmp_path, monkeypatch, capsys):
     relational = cli.METHODS['relational']._replace(grid=({'weight': 1e38}, {'weight': 0.01}))
     monkeypatch.setitem(cli.METHODS, 'relational', relational)
@@ -239,6 +247,7 @@ def test_a_setting_that_diverged_is_said(tmp_path, monkeypatch, capsys):
     assert [t['valid_accuracy'] is None for t in tries] == [True, False]
 
 
+@pytest.mark.slow
 def test_what_was_given_is_not_said_to_be_chosen(tmp_path, capsys):
     assert command(*QUICK, '--labels', 0, '--method', 'kd,hint', '--out', tmp_path/'run') == 0
     said = capsys.readouterr().out
@@ -247,6 +256,7 @@ def test_what_was_given_is_not_said_to_be_chosen(tmp_path, capsys):
     assert 'Settings of hint were chosen on the validation split.' in (tmp_path/'run'/'report.html').read_text()
 
 
+@pytest.mark.slow
 def test_a_single_other_method(tmp_path):
     assert command(*QUICK, '--labels', 0, '--method', 'kd_std', '--out', tmp_path/'run') == 0
     result = json.loads((tmp_path/'run'/'result.json').read_text())
@@ -254,6 +264,7 @@ def test_a_single_other_method(tmp_path):
     assert result['rows'][2]['chosen'] == {'temperature': 4.0, 'alpha': 0.9} and not any(result['tries'].values())
 
 
+@pytest.mark.slow
 def test_answers_that_cannot_be_kept_are_said_in_a_line(tmp_path, monkeypatch, capsys):
     from distill_nb import cache
     def full(*_): raise OSError(28, 'No space left on device')
@@ -348,6 +359,7 @@ def test_a_method_that_the_networks_cannot_have_is_refused_early(method, tmp_pat
     assert not (tmp_path/'run').exists()
 
 
+@pytest.mark.slow
 def test_a_list_with_other_spaces_is_the_same_run(tmp_path, capsys):
     argv = ['--epochs', 1, '--teacher_epochs', 4, '--seeds', 1, '--temperature', 4, '--alpha', 0.9, '--labels', 0]
     def run(methods, *more): return command(*argv, '--method', methods, '--out', tmp_path/'run', *more)
@@ -398,11 +410,11 @@ def test_a_disk_that_fills_later_keeps_what_was_finished(tmp_path, monkeypatch, 
         if len(calls) > 3: raise OSError(28, 'No space left on device')
         sync(fd)
     monkeypatch.setattr(os, 'fsync', fills)
-    assert command(*QUICK, '--out', tmp_path/'run') == 2
+    assert command(*QUICK, '--labels', 0, '--out', tmp_path/'run') == 2
     assert 'No space left' in capsys.readouterr().err
     assert list((tmp_path/'run').rglob('checkpoint.safetensors')) and not list((tmp_path/'run').rglob('*.tmp'))
     monkeypatch.setattr(os, 'fsync', sync)
-    assert command(*QUICK, '--out', tmp_path/'run', '--resume') == 0
+    assert command(*QUICK, '--labels', 0, '--out', tmp_path/'run', '--resume') == 0
 
 
 def test_missing_weights_and_data_without_a_network_are_explained(tmp_path, monkeypatch, capsys):
@@ -437,13 +449,13 @@ def test_python_m_is_the_command():
         assert f'--{option}' in p.stdout
 
 
-    @pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_bench])
-    def test_help_fits_a_page(job, monkeypatch, capsys):
-        "Also where the terminal is wider: the page of the commands shows it."
-        monkeypatch.setenv('COLUMNS', '200')
-        with pytest.raises(SystemExit) as end: run_command(job, ['--help'])
-        said = capsys.readouterr().out
-        assert end.value.code == 0 and '--out' in said and [line for line in said.splitlines() if len(line) > 85] == []
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_bench])
+def test_help_fits_a_page(job, monkeypatch, capsys):
+    "Also where the terminal is wider: the page of the commands shows it."
+    monkeypatch.setenv('COLUMNS', '200')
+    with pytest.raises(SystemExit) as end: run_command(job, ['--help'])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and '--out' in said and [line for line in said.splitlines() if len(line) > 85] == []
 
 
 # --- small parts

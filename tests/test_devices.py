@@ -278,7 +278,7 @@ def gpu_code(name):
     return [c for c in imports if 'export' not in directives(c)] + [c for c in cells if 'gpu' in directives(c)]
 
 
-@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+@pytest.mark.parametrize('device', ['cuda', pytest.param('cpu', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', ['03_models.ipynb', '04_training.ipynb', '05_logits.ipynb'])
 def test_gpu_cells_run_in_small(name, device, monkeypatch, request):
     if device == 'cuda': request.getfixturevalue('card')

@@ -108,7 +108,8 @@ def test_macs_of_a_vision_transformer_by_hand():
 
 # Every model runs
 
-@pytest.mark.parametrize('size,channels,classes', [(8, 1, 10), (28, 1, 7), (32, 3, 100), (64, 2, 3)])
+@pytest.mark.parametrize('size,channels,classes', [(8, 1, 10), (28, 1, 7), (32, 3, 100),
+                                                   pytest.param(64, 2, 3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', M.model_names() + ['wrn_10_3', 'torchvision:mobilenet_v2'])
 def test_every_model_runs_forward_and_backward(name, size, channels, classes):
     torch.manual_seed(0)
@@ -401,7 +402,7 @@ NAMES = ['cat', 'dog', 'owl', 'eel', 'ant']
 
 @pytest.mark.parametrize('build', [
     lambda: M.digit_student(5, 3), lambda: M.build_model('torchvision:squeezenet1_1', 5, size=32),
-    lambda: M.build_model('torchvision:vit_b_16', 5, size=32),
+    pytest.param(lambda: M.build_model('torchvision:vit_b_16', 5, size=32), marks=pytest.mark.slow),
     lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 5, bias=False))])
 def test_the_outputs_follow_the_names(build, tmp_path):
     torch.manual_seed(0)

@@ -561,14 +561,15 @@ print(weights(objective), len(h.losses['soft']), sum(h.losses['soft']))
 '''
 
 
-@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
-def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path, optimizer):
+@pytest.mark.parametrize('optimizer,kills', [('adamw', 1), pytest.param('adamw', 2, marks=pytest.mark.slow),
+                                             pytest.param('sgd', 2, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path, optimizer, kills):
     def start(folder):
         script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder), optimizer=optimizer)
         return subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True)
     whole = start(tmp_path/'whole')
     killed_at = []
-    for attempt in range(2):
+    for _ in range(kills):
         p, path = start(tmp_path/'killed'), tmp_path/'killed'/'checkpoint.safetensors'
         before = path.stat().st_mtime_ns if path.exists() else 0
         while p.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before): time.sleep(0.005)
