@@ -137,16 +137,20 @@ METHODS |= {
 }
 
 # %% ../nbs/methods.ipynb #37254635
+def _settings_of(name):
+    must(name in METHODS, 'method', name, f"one of {', '.join(METHODS)}")
+    return list(METHODS[name].grid)
+
 def _check_setting(name, setting):
     "The method of this name, after a check that it has such a setting."
-    must(name in METHODS, 'method', name, f"one of {', '.join(METHODS)}")
-    make, (known, *_), _ = METHODS[name]
+    known, make = _settings_of(name)[0], METHODS[name].make
     parameters = inspect.signature(make).parameters
     needed = [k for k in known if parameters[k].default is inspect.Parameter.empty]
     if not set(needed) <= set(setting) <= set(known):
         raise ValueError(f"setting of {name} must name {', '.join(known)}, "
                          f"but names {', '.join(setting) or 'nothing'}.")
 
+# %% ../nbs/methods.ipynb #6841946a
 def contender(
     name:str, # A key of METHODS
     task:Task, # What it may use
@@ -178,8 +182,7 @@ def rehearse(
     **setting, # One of its settings; none: the first that it would try
 ):
     "Compute the method's losses for two images; one that can't work here is a `ValueError`."
-    must(name in METHODS, 'method', name, f"one of {', '.join(METHODS)}")
-    setting = setting or METHODS[name].grid[0]
+    setting = setting or _settings_of(name)[0]
     _check_setting(name, setting)
     with torch.random.fork_rng([]):
         try: _two_images(name, _for_trial(task), setting)
@@ -200,7 +203,7 @@ def choose_setting(
     **kwargs, # Of choose: folder, device, progress, compile
 )->tuple: # The best setting, and a row for each, with accuracy None where it diverged
     "Try each setting once on the validation split; the first of the best wins."
-    settings = list(METHODS[name].grid) if settings is None else list(settings)
+    settings = _settings_of(name) if settings is None else list(settings)
     _check_settings(settings)
     for s in settings: rehearse(name, task, **s)
     if len(settings) == 1: return settings[0], []
