@@ -218,8 +218,8 @@ def to(self:ImageFiles, device):
 
 @patch
 def _take(self:ImageFiles, i):
-    files, hashes = [self.files[k] for k in i.tolist()], self._hashes[i.cpu().numpy()]
-    return self._copy(y=self.y[i], files=files, hashes=hashes)
+    files = [self.files[k] for k in i.tolist()]
+    return self._copy(y=self.y[i], files=files, _hashes=self._hashes[i.cpu().numpy()])
 
 # %% ../nbs/folders.ipynb #e5e4c258
 class _Reader:
