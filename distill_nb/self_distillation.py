@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .data import Batch, mix
-from .features import find_layers, head_input, tap
+from .features import find_layers, head_input, listening, tap
 from .logits import Distill
 from .losses import (UNLABELLED, DistillationLoss, check_logits, check_temperature, check_weight, hard_loss,
                                log_soften, must, upcast)
@@ -104,29 +104,17 @@ class _Stop(Exception):
     "Carries a result out of a forward that is not needed any further."
     def __init__(self, result): self.result = result
 
-def _listen(model, layers, x, hear):
-    "Run `model`. Behind each of `layers`, `hear(name, output)` may end the run by returning its result."
-    def hook(name):
-        def stop(module, args, output):
-            if (result := hear(name, output)) is not None: raise _Stop(result)
-        return stop
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in find_layers(model, layers).items()]
-    try: return model(x)
-    except _Stop as s: return s.result
-    finally:
-        for handle in handles: handle.remove()
-
-# %% ../nbs/08_self.ipynb #f3515550
 def run_until(
     model:nn.Module, # Any network
     layer:str, # Name of a submodule
     x:Tensor, # Images, shape (B, channels, H, W)
 )->Tensor: # What the layer gives
     "Run `model` up to `layer`, and nothing behind it."
-    ran = []
-    output = _listen(model, [layer], x, lambda name, output: ran.append(name) or output)
-    if not ran: raise ValueError(f'layer must be one that runs for every image, but {layer!r} did not run.')
-    return output
+    def stop(name, output): raise _Stop(output)
+    try:
+        with listening(model, layer, stop): model(x)
+    except _Stop as stopped: return stopped.result
+    raise ValueError(f'layer must be one that runs for every image, but {layer!r} did not run.')
 
 # %% ../nbs/08_self.ipynb #11a6edb3
 class ExitHead(nn.Module):
@@ -196,8 +184,9 @@ def _try(self:EarlyExits, layers, shape):
     "Outputs of the stages in the order in which they run, deepest features and logits for two black images; a `ValueError` where exits would not work."
     p = next(self.backbone.parameters())
     x, ran = torch.zeros(2, *(shape or _image_shape(self.backbone)), dtype=p.dtype, device=p.device), []
-    with evaluating(self.backbone), tap(self.backbone, [*layers, self.deepest]) as seen:
-        try: logits = _listen(self.backbone, layers, x, lambda name, output: ran.append(name))
+    seen, order = tap(self.backbone, [*layers, self.deepest]), listening(self.backbone, layers, lambda name, _: ran.append(name))
+    with evaluating(self.backbone), seen as seen, order:
+        try: logits = self.backbone(x)
         except RuntimeError as e: raise ValueError(f'shape must be that of the images, but the model does not take {tuple(x.shape[1:])}: {str(e).splitlines()[0]}') from e
     _check_trial(layers, ran, seen, self.deepest)
     return {n: seen[n] for n in ran}, seen[self.deepest], logits
@@ -339,13 +328,15 @@ def until_sure(self:EarlyExits,
     threshold:float=0.9, # Stop at the first exit whose highest probability reaches it
 )->tuple: # Logits, shape (1, C), and the number of the exit that gave them
     "Answer at the first exit that is sure; nothing behind it is computed. In eval mode."
-    if len(x) != 1: raise ValueError(f'x must hold one image, since each stops where it likes, but holds {len(x)}.')
-    def hear(name, output):
+    must(len(x) == 1, 'x', tuple(x.shape), 'one image, since each stops where it likes')
+    def ask(name, output):
         exit = self.layers.index(name)
         logits = self.heads[exit](output)[1]
-        if logits.softmax(1).max() >= threshold: return logits, exit
-    with evaluating(self): answer = _listen(self.backbone, self.layers, x.to(device_of(self)), hear)
-    logits, exit = answer if isinstance(answer, tuple) else (answer, len(self) - 1)
+        if logits.softmax(1).max() >= threshold: raise _Stop((logits, exit))
+    try:
+        with evaluating(self), listening(self.backbone, self.layers, ask):
+            logits, exit = self.backbone(x.to(device_of(self))), len(self) - 1
+    except _Stop as stopped: logits, exit = stopped.result
     return logits.to(x.device), exit
 
 # %% ../nbs/08_self.ipynb #307492e4

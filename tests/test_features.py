@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from distill_nb.data import Batch, CropFlip, ImageData
 from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational, Term, as_map, attention_loss, attention_map, cka,
-                                 feature_method, feature_shapes, head_input, hint_loss, layer_similarity, plot_attention, plot_similarity, resize_map, rkd_angle_loss,
+                                 feature_method, feature_shapes, head_input, hint_loss, layer_similarity, listening, plot_attention, plot_similarity, resize_map, rkd_angle_loss,
                                  rkd_distance_loss, stage_pairs, tap)
 from distill_nb.logits import Distill, compare
 from distill_nb.models import digit_student, digit_teacher, fingerprint, resnet8, resnet18, resnet20, wrn_16_1
@@ -296,6 +296,23 @@ def test_a_tap_leaves_no_hook_behind():
     mine.remove()
     assert hooks(model) == 0
     assert weights(copy.deepcopy(model)) == weights(model)
+
+
+def test_listening_hears_every_call_uncopied_and_leaves_no_hook_behind():
+    model, x, heard = Odd(), torch.zeros(2, 1, 8, 8), []
+    class Stop(Exception): pass
+    def stop(name, value):
+        heard.append((name, value))
+        if name == 'fc:input': raise Stop
+    model.conv.register_forward_hook(lambda module, args, output: heard.append(('mine', output)))
+    with pytest.raises(Stop), listening(model, ['conv', 'relu', 'fc:input'], stop): model(x)
+    (_, mine), (_, conv), *relus, (_, last) = heard
+    assert [name for name, _ in heard] == ['mine', 'conv', 'relu', 'relu', 'fc:input']
+    assert conv is mine and relus[0][1].data_ptr() == conv.data_ptr() and last.shape == (2, 20)
+    assert hooks(model) == 1
+    with pytest.raises(ValueError, match="no layer 'no'"), listening(model, ['conv', 'no'], stop): pass
+    with listening(model, 'unused', stop): model(x)
+    assert hooks(model) == 1 and len(heard) == 6
 
 
 def test_names_that_give_nothing_say_why():
