@@ -1,4 +1,4 @@
-"""Feature distillation: each loss against its paper's equation in loops of float64, taps without a trace, one objective."""
+"""Feature distillation: each loss against its paper's equation in loops of float64, taps without a trace."""
 import copy, itertools, json, math, os, random, subprocess, sys
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_nb.data import Batch, CropFlip, ImageData
-from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational, Term,
+from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational,
                                  _as_map, _resize_map, attention_loss, attention_map, cka, feature_method,
                                  feature_shapes, head_input, hint_loss, layer_similarity, listening, plot_attention,
                                  plot_similarity, rkd_angle_loss, rkd_distance_loss, stage_names, stage_pairs, tap)
