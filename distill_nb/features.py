@@ -409,8 +409,8 @@ class FeatureDistill(Distill):
         layers = _layers(made, 'student', student), _layers(made, 'teacher', teacher)
         # the teacher is frozen now, where nothing can fail any more
         super().__init__(student, teacher, temperature, alpha, divergence, standardize)
-        self.weights = tuple(weight for _, weight in terms.values() if weight)
-        self.terms, (self.student_layers, self.teacher_layers) = nn.ModuleDict(made), layers
+        self.terms, self.weights = nn.ModuleDict(made), tuple(w for _, w in terms.values() if w)
+        self.student_layers, self.teacher_layers = layers
 
 # %% ../nbs/07_features.ipynb #8e8fb9ca
 def _layers(terms, side, model):

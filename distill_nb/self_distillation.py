@@ -85,7 +85,7 @@ def born_again(
     device:str|None=None, # As in fit
     progress:bool=True, # As in fit
 )->Generations:
-    "Train one on the labels, each further one on its predecessor, too, Furlanello et al. 2018."
+    "Train a network on the labels, and further ones on their predecessors, Furlanello et al. 2018."
     made, device = Generations(), fit_device(device)
     lineage = _lineage(make_student, recipe, generations, temperature, alpha, folder, device)
     for objective, own, where in lineage:
@@ -169,7 +169,7 @@ class EarlyExits(nn.Module):
     def __init__(self,
         model:nn.Module, # A staged network that ends in a linear layer; its answer is the deepest
         layers=None, # Names of the stages with an exit; None: layer1, layer2, ... but the last
-        shape:tuple=None, # Of one image, for a trial run; None: 32x32, as the first convolution
+        shape:tuple=None, # Of one image; None: 32x32 with the channels of the first convolution
     ):
         super().__init__()
         linear = any(isinstance(m, nn.Linear) for m in model.modules())
@@ -294,7 +294,7 @@ def feature_distance(
     features:Tensor, # F_i of an exit, shape (B, D)
     deepest:Tensor, # F_n, shape (B, D)
 )->Tensor: # A scalar
-    "Mean over the batch of squared distances, Zhang et al. 2019, loss source 3."
+    "Squared Euclidean distance, averaged over the batch, Zhang et al. 2019, loss source 3."
     shapes = tuple(features.shape), tuple(deepest.shape)
     if shapes[0] != shapes[1] or len(shapes[0]) != 2 or not len(features):
         raise ValueError('features and deepest must have the same shape (B, D), with at least 1 '
