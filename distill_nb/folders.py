@@ -15,9 +15,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .files import free_bytes, must, progress_bar, reason, whole
 from .data import (CropFlip, ImageData, ResizedCrop, Splits, channel_stats, count_values,
                              digits, stratified)
-from .files import free_bytes, must, progress_bar, reason, whole
 
 # %% ../nbs/folders.ipynb #b4d16fa5
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')

@@ -70,7 +70,6 @@ def test_views_are_even_and_independent_of_their_neighbours():
 
 EPOCH = '''
 import hashlib, torch
-from distill_nb.data import CropFlip, ImageData, ResizedCrop, epoch_order
 def epoch(batch_size):
     "Hash of order, views and pixels of one epoch."
     x = torch.randint(0, 256, (60, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
