@@ -90,7 +90,8 @@ def test_a_run_goes_on_where_it_was_killed(blind, teacher, tmp_path, monkeypatch
 
 
 def test_inversion(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data_free.by_inversion, '__defaults__', tuple(replace(d, steps=3) if isinstance(d, Recipe) else d for d in data_free.by_inversion.__defaults__))
+    quick = (replace(d, steps=3) if isinstance(d, Recipe) else d for d in data_free._by_inversion.__defaults__)
+    monkeypatch.setattr(data_free._by_inversion, '__defaults__', tuple(quick))
     assert command(*PAIR, *SHAPE, '--teacher_weights', teacher, '--way', 'inversion', '--steps', 6, '--out', tmp_path/'run') == 0
     assert '(8 steps' in capsys.readouterr().out  # four rounds of two
     assert json.loads((tmp_path/'run'/'result.json').read_text())['rows'][1]['steps'] == 8
