@@ -10,7 +10,7 @@ __all__ = ['PAIRS', 'CONTENDERS', 'LENGTHS', 'Pair', 'noise', 'Work', 'PilImages
            'bench_ratios', 'bench_text', 'measure_steps', 'bench_command', 'distill_nb_bench']
 
 # %% ../nbs/bench.ipynb #d1b49b24
-import copy, io, json, statistics, time
+import copy, json, statistics, time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .files import progress_bar, write_atomic
+from .data import CropFlip, ImageData
+from .folders import load_data
+from .models import count_macs
+from .training import (Recipe, Supervised, _Run, best_precision, environment, evaluate,
+                                 fit, fit_device, image_order)
+from .compare import table
+from .logits import Distill, check_teacher
 from .cache import CachedTeacher
-from .data import CropFlip, ImageData, Splits, load_data, progress_bar
-from .logits import Distill, Result, check_teacher
-from .models import build_model, count_macs, load_weights, write_atomic
-from .training import Recipe, Supervised, _Run, best_precision, environment, evaluate, fit, fit_device
+from .zoo import build_model, load_weights
+from .report import Result
 
 # %% ../nbs/bench.ipynb #ba0c66f7
 class Pair(NamedTuple):
@@ -193,7 +199,6 @@ class TeacherForward:
     "Only the teacher's answers to one batch."
     ahead, asks = 0, True
     def __init__(self, work):
-        from distill_nb.training import image_order
         self.precision, order = best_precision(work.device), image_order(best_precision(work.device) != 'float32', work.device)
         self.teacher, self.device = next(work.models()).eval().requires_grad_(False).to(memory_format=order), work.device
         index = torch.arange(work.batch_size) % len(work.data)
@@ -460,14 +465,13 @@ def bench_text(
     result:dict, # As `distill_nb_bench` returns it
 )->str:
     "A result as it is printed."
-    from distill_nb.logits import text_table
     shown = {'contender': lambda r: r['contender'], 'precision': lambda r: r['precision'], 'ms/step': lambda r: f"{r['step_ms']:.1f}", 'naive/this': lambda r: f"{r['ratio_to_naive']:.2f}",
              'peak MB': lambda r: '' if r['peak_mb'] is None else f"{r['peak_mb']:,.0f}", 'GFLOP/s': lambda r: f"{r['gflops']:,.1f}", '% of peak': lambda r: f"{100*r['share_of_peak']:.1f}"}
-    lines = [text_table([list(shown)] + [[f(r) for f in shown.values()] for r in result['rows']]), '']
+    lines = [str(table(result['rows'], shown)), '']
     lines += [f'{name}: {value:.3f}' for name, value in result['ratios'].items()] + [f"teacher forward: {result['teacher_forward_ms']:.1f} ms"]
     lines += [f'matrix product in {p}: {v:,.0f} GFLOP/s' for p, v in result['matmul_gflops'].items()]
     if race := result['to_accuracy']:
-        lines += ['', text_table([['contender', 'epochs', 'seconds', 'validation accuracy %']] + [[r['contender'], f"{r['epochs']:g}", f"{r['seconds']:.1f}", f"{100*r['accuracy']:.2f}"] for r in race])]
+        lines += ['', str(table(race, {'contender': lambda r: r['contender'], 'epochs': lambda r: f"{r['epochs']:g}", 'seconds': lambda r: f"{r['seconds']:.1f}", 'validation accuracy %': lambda r: f"{100*r['accuracy']:.2f}"}))]
         lines += ['', f"to the naive loop's accuracy: {race[0]['seconds']/race[-1]['seconds']:.2f} times as fast" if race[-1]['accuracy'] >= race[0]['accuracy'] else "the naive loop's accuracy was not reached"]
     return '\n'.join(lines)
 

@@ -16,11 +16,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .data import Batch, mix, progress_bar
+from .files import free_bytes, progress_bar
 from .losses import TopK, top_k
+from .data import Batch, mix
 from .models import human
-from .training import (PRECISIONS, Frozen, best_precision, check_classes, describe, fit_device,
-                                 image_order, placed)
+from .training import (PRECISIONS, Frozen, best_precision, check_classes, describe,
+                                 fit_device, image_order, placed)
 
 # %% ../nbs/06_cache.ipynb #0e90b47e
 @dataclass(frozen=True)
@@ -287,11 +288,10 @@ def extra_repr(self:CachedTeacher):
 def _check_room(self:CachedTeacher):
     "Raise a `ValueError` if the answers can't be kept."
     import shutil
-    from distill_nb.data import _free_bytes
     if self._path is not None and self._path.exists() and not self._path.is_dir(): raise ValueError(f'path must be a folder, but {str(self._path)!r} is a file.')
     place = next((p for p in (self._path, *self._path.parents) if p.exists()), None) if self._path is not None else None
     there = sum(f.stat().st_size for f in self._path.glob('*.answers')) if place and place == self._path else 0
-    free = _free_bytes() if place is None else max(_free_bytes(), shutil.disk_usage(place).free + there)
+    free = free_bytes() if place is None else max(free_bytes(), shutil.disk_usage(place).free + there)
     if self.nbytes > free:
         raise ValueError(f'the answers for {len(self.data):,} images in {self.data.n_views:,} views need {human(self.nbytes)}B, but {human(free)}B are free: limit them with views=V, or with top=K for many classes.')
 

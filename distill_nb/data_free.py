@@ -22,10 +22,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .data import Batch, ImageData, mix
+from .files import fingerprint
 from .losses import UNLABELLED, jsd_loss, kd_loss, upcast
-from .models import fingerprint
-from .training import Frozen, History, Objective, Recipe, check_classes, device_of, evaluate, evaluating, fit
+from .data import Batch, ImageData, mix
+from .training import (Frozen, History, Objective, Recipe, check_classes, device_of,
+                                 evaluating, fit)
 
 # %% ../nbs/09_data_free.ipynb #c00d41fe
 def bn_layers(

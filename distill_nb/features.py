@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .files import must
+from .losses import check_weight, kd_loss, upcast
 from .data import Batch
-from .logits import Distill
-from .losses import check_weight, kd_loss, must, upcast
 from .models import head_name
 from .training import Frozen, device_of, evaluating, seed_noise
+from .logits import Distill
 
 # %% ../nbs/07_features.ipynb #c6813eb0
 class Features(dict):

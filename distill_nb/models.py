@@ -6,14 +6,12 @@
 __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet8x4', 'resnet32x4', 'wrn',
            'wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2', 'resnet18', 'resnet34', 'resnet50', 'conv', 'conv_bn_relu',
            'digit_student', 'digit_teacher', 'BasicBlock', 'stage', 'StagedNet', 'CifarResNet', 'PreActBlock',
-           'WideResNet', 'imagenet_weights', 'head_name', 'stem_name', 'adapt_weights', 'check_weights',
-           'transfer_weights', 'torchvision_resnet', 'set_stem', 'write_atomic', 'fingerprint', 'stored_classes',
-           'pack_weights', 'save_weights', 'read_weights', 'class_order', 'load_weights', 'model_names', 'build_model',
-           'count_macs', 'measure_latency', 'ModelCost', 'eval_mode', 'profile_model', 'human', 'cost_table',
-           'plot_costs']
+           'WideResNet', 'imagenet_weights', 'head_name', 'stem_name', 'adapt_weights', 'check_weights', 'put_weights',
+           'transfer_weights', 'torchvision_resnet', 'set_stem', 'count_macs', 'measure_latency', 'ModelCost',
+           'eval_mode', 'profile_model', 'human', 'cost_table', 'plot_costs']
 
 # %% ../nbs/03_models.ipynb #794a010f
-import copy, difflib, hashlib, json, os, re, statistics, time
+import copy, re, statistics, time
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+
+from .files import pack_weights, read_weights, reason
 
 # %% ../nbs/03_models.ipynb #4049ef5b
 def conv(
@@ -173,9 +173,6 @@ class WideResNet(StagedNet):
 wrn = WideResNet
 wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2 = [partial(wrn, d, k) for d, k in ((16, 1), (16, 2), (40, 1), (40, 2))]
 
-# %% ../nbs/03_models.ipynb #99567a48
-def _reason(error): return (str(error).splitlines() or [type(error).__name__])[0]
-
 # %% ../nbs/03_models.ipynb #c7e1ea22
 _renamed = {r'(denselayer\d+\.(?:norm|conv))\.(\d)\.': r'\1\2.',
             r'\.mlp\.linear_1\.': '.mlp.0.', r'\.mlp\.linear_2\.': '.mlp.3.'}
@@ -202,7 +199,7 @@ def imagenet_weights(
         raise ValueError(f"weights='{weights}' could not be downloaded ({e}). "
                          f'Download {url} and save it as {place}.') from e
     except Exception as e:
-        raise ValueError(f"'{place}' is damaged ({_reason(e)}). Replace it by a new download of {url}.") from e
+        raise ValueError(f"'{place}' is damaged ({reason(e)}). Replace it by a new download of {url}.") from e
 
 # %% ../nbs/03_models.ipynb #4b5b8068
 def head_name(
@@ -261,7 +258,12 @@ def check_weights(
     if wrong: raise ValueError(f"{source} does not hold weights of this model: {'; '.join(wrong[:3])}{more}.")
 
 # %% ../nbs/03_models.ipynb #00e7cb8c
-def _put(model, tensors, source):
+def put_weights(
+    model:nn.Module, # Network that takes the weights; it stays as it is if they do not fit
+    tensors:dict,    # Tensors by name
+    source:str,      # Where they come from, for the message
+):
+    "Load weights that fit; batch counters that the file lacks stay as they are"
     check_weights(model, tensors, source)
     state = model.state_dict()
     state.update(tensors)
@@ -274,7 +276,7 @@ def transfer_weights(
 ) -> list:           # In words what the model has of its own: 'the head (fc) is new', ...
     "Load weights that were made for other classes, or for colour images where these are grey"
     tensors, changed = adapt_weights(model, tensors)
-    _put(model, tensors, source)
+    put_weights(model, tensors, source)
     return changed
 
 # %% ../nbs/03_models.ipynb #538a5c78
@@ -312,219 +314,6 @@ def set_stem(
     for m in model.modules():
         if isinstance(m, nn.ReLU): m.inplace = False
     return model
-
-# %% ../nbs/03_models.ipynb #bb9d5ad4
-def write_atomic(
-    path,       # File to write; its folder is made if need be
-    data:bytes, # What it is to hold
-):
-    "Write a file beside its place and rename it into it"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(beside, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
-
-# %% ../nbs/03_models.ipynb #8df431fa
-def fingerprint(
-    tensors:dict,       # Tensors by name, e.g. `model.state_dict()`
-    metadata:dict=None, # Facts that belong to them, as text by name
-) -> str:               # 16 hexadecimal digits
-    "A short hash of names, types, shapes and values, and of the facts, the same on every device"
-    h = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        t = t.detach().cpu().contiguous()
-        h.update(f'{name} {t.dtype} {tuple(t.shape)} '.encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
-    if metadata: h.update(json.dumps(metadata, sort_keys=True).encode())
-    return h.hexdigest()[:16]
-
-# %% ../nbs/03_models.ipynb #a785ce41
-def _different_names(classes, name):
-    ok = isinstance(classes, (list, tuple)) and all(isinstance(c, str) for c in classes)
-    if not ok or len(set(classes)) < len(classes):
-        raise ValueError(f'{name} must be a list of different names, but is {classes!r:.200}.')
-    return list(classes)
-
-def stored_classes(
-    metadata:dict, # As `read_weights` gives it
-    source:str,    # File that it comes from, for the message
-) -> list|None:    # Names in the order of the outputs; None where the file has none
-    "The names of the classes in a file of weights"
-    if 'classes' not in metadata: return None
-    try: names = json.loads(metadata['classes'])
-    except ValueError: names = metadata['classes']
-    return _different_names(names, f"The metadata 'classes' of '{source}'")
-
-# %% ../nbs/03_models.ipynb #6893cf65
-def pack_weights(
-    model:nn.Module, # Network to save
-    classes=None,    # Names of the classes, in the order of the outputs
-    **metadata,      # Facts to keep beside the weights; values become text, lists and tuples JSON
-) -> bytes:          # A safetensors file
-    "Weights, buffers and facts, with a fingerprint of them all, as the bytes of a file"
-    from safetensors.torch import save
-    tensors = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in model.state_dict().items()}
-    text = lambda v: json.dumps(list(v)) if isinstance(v, (tuple, list)) else str(v)
-    facts = {k: text(v) for k, v in metadata.items() if k != 'fingerprint'}
-    if classes is not None: facts['classes'] = json.dumps(_different_names(classes, 'classes'))
-    return save(tensors, facts | {'fingerprint': fingerprint(tensors, facts)})
-
-# %% ../nbs/03_models.ipynb #fa986ab8
-def save_weights(
-    model:nn.Module, # Network to save
-    path,            # File to write, ending in .safetensors
-    classes=None,    # Names of the classes, in the order of the outputs, e.g. `data.classes`
-    **metadata,      # Facts to keep beside the weights; the values become text
-):
-    "Save weights and buffers of `model`: a run killed meanwhile leaves the old file whole"
-    if Path(path).suffix != '.safetensors': raise ValueError(f"path must end in .safetensors, but is '{path}'.")
-    write_atomic(path, pack_weights(model, classes, **metadata))
-
-# %% ../nbs/03_models.ipynb #d2263af8
-def _check_fingerprint(tensors, metadata):
-    for key, value in metadata.items():
-        named = key == 'fingerprint'
-        if not named and not re.fullmatch('[0-9a-f]{16}', value): continue
-        others = {k: v for k, v in metadata.items() if k != key}
-        if named != (fingerprint(tensors, others) == value):
-            raise ValueError('its values or its metadata are not those that were saved')
-
-# %% ../nbs/03_models.ipynb #dd1c8131
-def _read_safetensors(path):
-    from safetensors import safe_open
-    with safe_open(path, 'pt') as f:
-        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    _check_fingerprint(tensors, metadata)
-    return tensors, metadata
-
-def _read_pickle(path):
-    tensors = torch.load(path, map_location='cpu', weights_only=True)
-    for key in ('state_dict', 'model'):
-        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict): tensors = tensors[key]
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError('it holds something other than a table of tensors')
-    return {k.removeprefix('module.'): t for k, t in tensors.items()}, {}
-
-# %% ../nbs/03_models.ipynb #ad5a3da6
-def read_weights(
-    path,    # .safetensors, or .pth, .pt or .bin as `torch.save` writes them
-) -> tuple:  # Tensors by name, and the metadata as a dict
-    "Read a file of weights without running anything that it may hold"
-    readers = {'.safetensors': _read_safetensors} | dict.fromkeys(('.pth', '.pt', '.bin'), _read_pickle)
-    suffix = Path(path).suffix
-    if suffix not in readers: raise ValueError(f"path must end in {', '.join(readers)}, but is '{path}'.")
-    if not Path(path).is_file(): raise ValueError(f"path must be a file, but there is none at '{path}'.")
-    try: return readers[suffix](path)
-    except Exception as e:
-        raise ValueError(f"'{path}' is damaged or is not a file of weights: {_reason(e)}") from e
-
-# %% ../nbs/03_models.ipynb #62e135ec
-def class_order(
-    stored:list, # Names of the classes in the order of the file
-    wanted:list, # Names of the same classes in the order that is wanted
-    source:str,  # Where the first come from, for the message
-) -> list:       # Position in the file of each wanted class
-    "Where each class stands in a file of weights; other classes are refused"
-    place, known = {c: i for i, c in enumerate(stored)}, set(wanted)
-    parts = {'only the file has': [c for c in stored if c not in known],
-             'only the data have': [c for c in wanted if c not in place]}
-    some = lambda names: ', '.join(map(repr, names[:5])) + f', {len(names) - 5} more' * bool(names[5:])
-    said = '; '.join(f'{which} {some(names)}' for which, names in parts.items() if names)
-    if said: raise ValueError(f"'{source}' holds weights for other classes than the data: {said}.")
-    return [place[c] for c in wanted]
-
-def _in_order(model, tensors, order, source):
-    try: head = head_name(model, len(order))
-    except ValueError as e:
-        raise ValueError(f"'{source}' has the classes in another order than the data. {e}") from None
-    keys = [k for k, _ in model.get_submodule(head).named_parameters(head)]
-    return tensors | {k: tensors[k][order] for k in keys}
-
-# %% ../nbs/03_models.ipynb #553f5039
-def load_weights(
-    model:nn.Module, # Network that takes the weights; it stays as it is if they do not fit
-    path,            # File of weights
-    classes=None,    # Names of the classes in the order of the outputs; None: in that of the file
-) -> nn.Module:      # The same network
-    "Load the weights in `path` into `model`, the head in the order of `classes` if `path` names them"
-    tensors, metadata = read_weights(path)
-    stored = None if classes is None else stored_classes(metadata, path)
-    order = stored and class_order(stored, _different_names(classes, 'classes'), path)
-    check_weights(model, tensors, f"'{path}'")
-    if order and order != sorted(order): tensors = _in_order(model, tensors, order, path)
-    _put(model, tensors, f"'{path}'")
-    return model
-
-# %% ../nbs/03_models.ipynb #ce27b831
-_torchvision_resnets = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
-_models = dict(
-    digit_teacher=digit_teacher, digit_student=digit_student,
-    resnet8=resnet8, resnet14=resnet14, resnet20=resnet20, resnet32=resnet32, resnet44=resnet44,
-    resnet56=resnet56, resnet110=resnet110, resnet8x4=resnet8x4, resnet32x4=resnet32x4,
-    wrn_16_1=wrn_16_1, wrn_16_2=wrn_16_2, wrn_40_1=wrn_40_1, wrn_40_2=wrn_40_2, **_torchvision_resnets)
-
-def model_names() -> list:
-    "The names that `build_model` knows, besides wrn_DEPTH_WIDTH and torchvision:NAME"
-    return list(_models)
-
-# %% ../nbs/03_models.ipynb #943c5acc
-def _torchvision_model(name, classes, channels, size):
-    from torchvision import models
-    names = models.list_models(module=models)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 3, 0)
-        raise ValueError(f"torchvision has no model '{name}'; the nearest names are {', '.join(near)}.")
-    options = {}
-    if name.startswith('vit_'): options = dict(image_size=size)
-    if name.startswith('maxvit'): options = dict(input_size=(size, size))
-    if name in ('googlenet', 'inception_v3'): options = dict(aux_logits=False, init_weights=True)
-    model = models.get_model(name, num_classes=classes, **options)
-    return model if channels == 3 else _set_channels(model, channels)
-
-# %% ../nbs/03_models.ipynb #520a8f1f
-def _set_channels(model, channels):
-    name = stem_name(model)
-    old = model.get_submodule(name)
-    parent, _, child = name.rpartition('.')
-    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding,
-                    bias=old.bias is not None)
-    model.get_submodule(parent).register_module(child, new)
-    return model
-
-# %% ../nbs/03_models.ipynb #2eb9eaaa
-def _build(name, classes, channels, size):
-    if name.startswith('torchvision:'):
-        return _torchvision_model(name.removeprefix('torchvision:'), classes, channels, size)
-    if m := re.fullmatch(r'wrn_(\d+)_(\d+)', name): return wrn(int(m[1]), int(m[2]), classes, channels)
-    if name not in _models:
-        raise ValueError(f"There is no model '{name}'; there are {', '.join(_models)}, "
-                         'wrn_DEPTH_WIDTH and torchvision:NAME.')
-    stem = dict(stem='cifar' if size <= 64 else 'imagenet') if name in _torchvision_resnets else {}
-    return _models[name](classes=classes, channels=channels, **stem)
-
-# %% ../nbs/03_models.ipynb #454b7401
-@torch.no_grad()
-def build_model(
-    name:str,       # One of `model_names()`, 'wrn_DEPTH_WIDTH', or 'torchvision:NAME'
-    classes:int,    # Outputs of the head
-    channels:int=3, # Channels of an image
-    size:int=32,    # Height and width of an image
-) -> nn.Module:     # With random weights, in train mode
-    "A model by its name, tried on an image of this shape; up to size 64, ResNets get the stem for small images"
-    for what, value in dict(classes=classes, channels=channels, size=size).items():
-        if value < 1: raise ValueError(f'{what} must be at least 1, but is {value}.')
-    try:
-        model = _build(name, classes, channels, size).eval()
-        model(torch.zeros(1, channels, size, size))
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"'{name}' cannot take images of {channels} x {size} x {size}: {_reason(e)}") from e
-    return model.train()
 
 # %% ../nbs/03_models.ipynb #218ec691
 def count_macs(
@@ -591,7 +380,7 @@ def profile_model(
         there = model if device == p.device else copy.deepcopy(model).to(device)
         x = torch.zeros(1, *shape, dtype=p.dtype, device=device)
         try: macs, latency_ms = count_macs(there, x), measure_latency(there, x, repeats)
-        except RuntimeError as e: raise ValueError(f'shape {tuple(shape)} does not suit the model: {_reason(e)}') from e
+        except RuntimeError as e: raise ValueError(f'shape {tuple(shape)} does not suit the model: {reason(e)}') from e
     return ModelCost(sum(p.numel() for p in model.parameters()), macs, len(pack_weights(model)), latency_ms)
 
 # %% ../nbs/03_models.ipynb #efb5c73c

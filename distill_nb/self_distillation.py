@@ -18,13 +18,15 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .files import must
+from .losses import (UNLABELLED, DistillationLoss, check_logits, check_temperature,
+                               check_weight, hard_loss, log_soften, upcast)
 from .data import Batch, mix
-from .features import find_layers, head_input, tap
-from .logits import Distill
-from .losses import (UNLABELLED, DistillationLoss, check_logits, check_temperature, check_weight, hard_loss,
-                               log_soften, must, upcast)
 from .models import count_macs
-from .training import Objective, Supervised, device_of, evaluate, evaluating, fit, fit_device, placed
+from .training import (Objective, Supervised, device_of, evaluate, evaluating, fit,
+                                 fit_device, placed)
+from .logits import Distill
+from .features import find_layers, head_input, tap
 
 # %% ../nbs/08_self.ipynb #a25670f5
 def _must(ok, name, value, allowed):

@@ -12,7 +12,7 @@ __all__ = ['TENSOR_CORES', 'SCHEDULES', 'OPTIMIZERS', 'PRECISIONS', 'ABSURD', 'd
 # %% ../nbs/04_training.ipynb #c5eb0e95
 import copy, hashlib, json, math, time, warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .data import Batch, epoch_order, mix, progress_bar
-from .losses import UNLABELLED, check_rows, hard_loss, must
-from .models import fingerprint, read_weights, write_atomic
+from .files import fingerprint, must, progress_bar, read_weights, write_atomic
+from .losses import UNLABELLED, check_rows, hard_loss
+from .data import Batch, epoch_order, mix
 
 # %% ../nbs/04_training.ipynb #cbdcc139
 def device_of(

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from distill_nb import bench
-from distill_nb.bench import CONTENDERS, PAIRS, bench_ratios, bench_rows, bench_text, distill_nb_bench, make_work, operations, race, take_turn, time_steps
-from distill_nb.cli import run_command
-from distill_nb.data import digits
+from distill_nb.files import save_weights
 from distill_nb.losses import DistillationLoss
-from distill_nb.models import build_model, count_macs, save_weights
+from distill_nb.data import digits
+from distill_nb.models import count_macs
 from distill_nb.training import Recipe, Supervised, fit
+from distill_nb.zoo import build_model
+from distill_nb.bench import (CONTENDERS, PAIRS, bench_ratios, bench_rows, bench_text, distill_nb_bench, make_work,
+                              operations, race, take_turn, time_steps)
+from distill_nb.cli import run_command
 
 CPU = torch.device('cpu')
 

@@ -10,12 +10,14 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from distill_nb import cache
-from distill_nb.cache import HEAD, CachedTeacher, Form, checksum
-from distill_nb.data import CropFlip, ResizedCrop, digits, image_folder
-from distill_nb.logits import Distill
+from distill_nb.files import fingerprint
 from distill_nb.losses import dist_loss, dkd_loss, top_k
-from distill_nb.models import digit_student, fingerprint
+from distill_nb.data import CropFlip, ResizedCrop, digits
+from distill_nb.folders import image_folder
+from distill_nb.models import digit_student
 from distill_nb.training import Frozen, Objective, Recipe, Supervised, fit, plan
+from distill_nb.logits import Distill
+from distill_nb.cache import HEAD, CachedTeacher, Form, checksum
 
 
 def make_data(n=60, pad=1, **kw):
@@ -466,7 +468,6 @@ FILLER = '''
 import sys, torch
 sys.path.insert(0, {tests!r})
 from test_cache import make_data, make_teacher, everything
-from distill_nb.cache import CachedTeacher
 data, teacher = make_data(), make_teacher()
 cached = CachedTeacher(teacher, data, sys.argv[1], dtype='float32')
 print('open', flush=True)

@@ -6,12 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_nb import cli
-from distill_nb.cli import PRESETS, command_line, distill_nb, free_folder, imagenet_normalisation, make_teacher, pretrained_model, run_command, table, text_table, verdicts
-from distill_nb.data import ImageData, digits, load_data
-from distill_nb.logits import interval, paired, share_interval, stored_result
-from distill_nb.models import build_model, load_weights, read_weights, resnet18, save_weights
+from distill_nb import run, zoo
+from distill_nb.files import read_weights, save_weights
+from distill_nb.data import ImageData, digits
+from distill_nb.folders import load_data
+from distill_nb.models import resnet18
 from distill_nb.training import evaluate
+from distill_nb.compare import interval, paired, share_interval, table
+from distill_nb.zoo import build_model, imagenet_normalisation, load_weights, make_teacher, pretrained_model
+from distill_nb.methods import METHODS
+from distill_nb.report import result_table, stored_result, verdicts
+from distill_nb.run import PRESETS, command_line, free_folder
+from distill_nb.cli import distill_nb, run_command
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
 COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms', 'seconds'}
@@ -78,10 +84,10 @@ def test_rows_are_paired_by_seed_wherever_they_come_from():
 
 def test_intervals_are_printed_by_their_ends(finished):
     rows = json.loads((finished/'result.json').read_text())['rows']
-    cells, page = table(rows), (finished/'report.html').read_text()
-    for r, shown in zip(rows, cells[1:]):
+    shown, page = result_table(rows), (finished/'report.html').read_text()
+    for r, cells in zip(rows, shown.rows):
         cell = f"{100 * r['accuracy']:.2f} [{100 * r['ci95'][0]:.2f}, {100 * r['ci95'][1]:.2f}]"
-        assert shown[cells[0].index('accuracy % [95 %]')] == cell and cell in page
+        assert cells[shown.head.index('accuracy % [95 %]')] == cell and cell in page
     assert '±' not in page and "Wilson&#x27;s" not in page and "Wilson's over the test images" in page
 
 
@@ -108,8 +114,8 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
 
 
 def test_a_share_near_one_is_not_said_to_be_known_better_than_it_is():
-    cells = table(stored_result('digits')['rows'])
-    assert cells[1][cells[0].index('accuracy % [95 %]')] == '99.44 [97.99, 99.85]'  # Wald: 98.67 to 100.21
+    shown = result_table(stored_result('digits')['rows'])
+    assert shown.rows[0][shown.head.index('accuracy % [95 %]')] == '99.44 [97.99, 99.85]'  # Wald: 98.67 to 100.21
 
 
 def test_the_weights_are_those_that_were_reported(finished):
@@ -201,7 +207,7 @@ def test_methods_can_be_compared_with_the_same_number_of_tries(tmp_path, capsys)
 
 
 def test_a_setting_that_diverged_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(cli.METHODS, 'relational', cli.METHODS['relational']._replace(grid=({'weight': 1e38}, {'weight': 0.01})))
+    monkeypatch.setitem(METHODS, 'relational', METHODS['relational']._replace(grid=({'weight': 1e38}, {'weight': 0.01})))
     assert command(*QUICK[:-4], '--labels', 0, '--method', 'relational', '--out', tmp_path/'run') == 0
     said = capsys.readouterr().out
     assert 'relational: weight=1e+38 diverged' in said and 'relational: weight=0.01 (chosen' in said
@@ -284,7 +290,7 @@ def test_from_python_an_option_of_another_type_is_refused(bad, tmp_path, monkeyp
 @pytest.mark.parametrize('method', ['hint', 'attention', 'byot', 'data_free'])
 def test_a_method_that_the_networks_cannot_have_is_refused_before_the_teacher_is_trained(method, tmp_path, monkeypatch, capsys):
     def plain(name, classes, channels, size): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels*size*size, classes))
-    monkeypatch.setattr(cli, 'build_model', plain)
+    monkeypatch.setattr(run, 'build_model', plain)
     assert command(*QUICK[:-4], '--method', f'kd,{method}', '--out', tmp_path/'run') == 2
     err = capsys.readouterr().err
     assert err.startswith(f'distill_nb: method {method} does not work here: ') and err.count('\n') == 1 and not (tmp_path/'run').exists()
@@ -361,7 +367,7 @@ def test_missing_weights_and_data_without_a_network_are_explained(tmp_path, monk
 
 def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     def stop(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'run_setting', stop)
+    monkeypatch.setattr(run, 'run_setting', stop)
     assert command(*QUICK, '--out', tmp_path/'run') == 130
     assert '--resume' in capsys.readouterr().err and (tmp_path/'run').exists()
 
@@ -412,7 +418,7 @@ def test_each_set_of_imagenet_weights_has_its_own_normalisation():
 
 
 def test_a_teacher_from_imagenet_weights_sees_images_as_these_want_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, 'imagenet_weights', lambda name, _: build_model('torchvision:squeezenet1_1', 1000, 3, 32).state_dict())
+    monkeypatch.setattr(zoo, 'imagenet_weights', lambda name, _: build_model('torchvision:squeezenet1_1', 1000, 3, 32).state_dict())
     for channels, mean in ((1, 0.449), (3, 0.485)):
         x = torch.randint(0, 256, (20, channels, 32, 32), dtype=torch.uint8)
         _, trained, (found, _) = make_teacher('torchvision:squeezenet1_1', 'imagenet', ImageData(x, torch.arange(20) % 2, ['a', 'b']))
@@ -446,11 +452,12 @@ def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):
 def test_the_command_line_makes_the_run_again():
     import inspect
     options = {k: p.default for k, p in inspect.signature(distill_nb).parameters.items()}
-    assert command_line(options, Path('r')) == 'distill_nb --out r'
-    assert command_line(options | {'data': 'folder:my photos', 'skip_damaged': True, 'resume': True}, Path('r')) == "distill_nb --data 'folder:my photos' --skip_damaged --out r"
+    assert command_line(distill_nb, options, out='r') == 'distill_nb --out r'
+    changed = options | {'data': 'folder:my photos', 'skip_damaged': True, 'resume': True}
+    assert command_line(distill_nb, changed, out='r') == "distill_nb --data 'folder:my photos' --skip_damaged --out r"
 
 
 @pytest.mark.parametrize('ci,said', [([0.01, 0.02], 'helped'), ([-0.01, 0.02], 'no effect'), ([-0.02, -0.01], 'hurt'), (None, 'one seed')])
 def test_verdicts_read_the_interval(ci, said):
-    row = {'setting': 'few_labels', 'model': 'distilled', 'difference': 0.01, 'difference_ci95': ci, 'chosen': {'temperature': 4., 'alpha': 0.9}}
+    row = {'setting': 'few_labels', 'model': 'distilled', 'method': 'kd', 'difference': 0.01, 'difference_ci95': ci, 'chosen': {'temperature': 4., 'alpha': 0.9}}
     assert said in verdicts([row])[0]

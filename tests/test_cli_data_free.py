@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_nb import cli, data_free
-from distill_nb.cli import distill_nb_data_free, head_of, picture_of, run_command, table
+from distill_nb import data_free, run
+from distill_nb.files import read_weights, save_weights
 from distill_nb.data import digits
-from distill_nb.logits import share_interval
-from distill_nb.models import build_model, load_weights, read_weights, save_weights
 from distill_nb.training import Recipe, Supervised, evaluate, fit
+from distill_nb.compare import share_interval, table
+from distill_nb.zoo import build_model, load_weights
+from distill_nb.report import draw_images, head_of, result_table
+from distill_nb.cli import distill_nb_data_free, run_command
 
 PAIR = ['--teacher', 'digit_teacher', '--student', 'digit_student']
 SHAPE = ['--channels', '1', '--size', '8']
@@ -43,7 +45,7 @@ def blind(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp('blind')/'run'
     with pytest.MonkeyPatch.context() as m:
         def read(*_, **__): raise AssertionError('a data set was read')
-        m.setattr(cli, 'load_data', read)
+        m.setattr(run, 'load_data', read)
         assert command(*PAIR, *SHAPE, '--teacher_weights', teacher, '--steps', 30, '--out', folder) == 0
     return folder
 
@@ -51,7 +53,7 @@ def blind(teacher, tmp_path_factory):
 def test_a_run_reads_no_data_and_leaves_what_it_promises(blind):
     assert {p.name for p in blind.iterdir()} == {'recipe.json', 'result.json', 'student.safetensors', 'images.png', 'curves.png', 'work'}
     result = json.loads((blind/'result.json').read_text())
-    assert set(head_of('', '', '', torch.device('cpu'), 1, 0., False)) | {'rows'} == set(result) and result['data'] == 'none: images of 1x8x8, 10 classes'
+    assert set(head_of('', '', '', torch.device('cpu'), 1)) | {'seconds', 'resumed', 'rows'} == set(result) and result['data'] == 'none: images of 1x8x8, 10 classes'
     taught, student = result['rows']
     assert taught['agreement_generated'] == 1 and 0 <= student['agreement_generated'] <= 1 and student['steps'] == 30
     assert set(student['runs'][0]) == {'seed', 'seconds', 'agreement_generated'}
@@ -122,12 +124,13 @@ def test_the_names_of_the_classes_go_from_the_teacher_to_the_student(teacher, bl
 
 @pytest.mark.parametrize('channels', [1, 2, 3, 4])
 def test_pictures_of_any_channels(channels):
-    for norm in ((None, None), ([0.5] * channels, [0.2] * channels)): assert len(picture_of(torch.randn(7, channels, 8, 8), *norm).axes) == 10
+    for norm in ((None, None), ([0.5] * channels, [0.2] * channels)): assert len(draw_images(torch.randn(7, channels, 8, 8), *norm).axes) == 10
 
 
 def test_a_table_has_no_empty_column():
     row = {'setting': 'data_free', 'model': 'student', 'parameters': 1, 'macs': 1, 'bytes': 1, 'latency_ms': 1., 'accuracy': 0.5, 'ci95': [0.4, 0.6], 'agreement': 0.5, 'ece': 0.1}
-    assert 'gain [95 %]' not in table([row])[0] and 'gain [95 %]' in table([row, row | {'difference': 0.1, 'difference_ci95': None}])[0]
+    gained = row | {'difference': 0.1, 'difference_ci95': None}
+    assert 'gain [95 %]' not in result_table([row]).head and 'gain [95 %]' in result_table([row, gained]).head
 
 
 @pytest.mark.parametrize('argv,said', [
@@ -156,7 +159,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, said, teacher, tmp_path,
 
 def test_a_teacher_without_batch_norm_is_refused(tmp_path, monkeypatch, capsys):
     def plain(name, classes, channels, size): return torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * (size - 2)**2, classes))
-    monkeypatch.setattr(cli, 'build_model', plain)
+    monkeypatch.setattr(run, 'build_model', plain)
     save_weights(plain('', 10, 1, 8), tmp_path/'plain.safetensors')
     assert command(*SHAPE, '--teacher_weights', tmp_path/'plain.safetensors', '--out', tmp_path/'run') == 2
     err = capsys.readouterr().err

@@ -8,8 +8,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision import datasets, transforms
 import distill_nb.data as data
-from distill_nb.data import (UNLABELLED, Batch, CropFlip, ImageData, ImageFiles, ResizedCrop, channel_stats, count_values, cifar10, cifar100,
-                             digits, epoch_order, fashion_mnist, few_labels, image_folder, load_data, mix, mnist, resize, resize_weights, stratified)
+from distill_nb.losses import UNLABELLED
+from distill_nb.data import (Batch, CropFlip, ImageData, ResizedCrop, channel_stats, count_values, digits, epoch_order,
+                             few_labels, mix, resize, resize_weights, stratified)
+from distill_nb.folders import ImageFiles, cifar10, cifar100, fashion_mnist, image_folder, load_data, mnist
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -71,7 +73,6 @@ def test_views_are_even_and_independent_of_their_neighbours():
 
 EPOCH = '''
 import hashlib, torch
-from distill_nb.data import CropFlip, ImageData, ResizedCrop, epoch_order
 def epoch(batch_size):
     "Hash of order, views and pixels of one epoch."
     x = torch.randint(0, 256, (60, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -692,5 +693,5 @@ def test_the_limit_counts_decoded_bytes(tmp_path):
 
 
 def test_importing_data_loads_no_heavy_library():
-    code = "import sys, distill_nb.data; print([m for m in ('sklearn', 'torchvision', 'matplotlib', 'PIL') if m in sys.modules])"
+    code = "import sys, distill_nb.folders; print([m for m in ('sklearn', 'torchvision', 'matplotlib', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'

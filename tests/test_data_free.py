@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from distill_nb.data import CropFlip, ImageData
-from distill_nb.data_free import (DataFree, DeepInversion, Distilled, Generator, GlassTeacher, Imitate, Noise, Pictures, PixelRange, as_constant,
-                                  bn_layers, competition, dafl_losses, distill_without_data, find_channels, inputs_of, invert, joined,
-                                  statistics_distance, total_variation)
+from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED
-from distill_nb.models import fingerprint, resnet8, resnet20
+from distill_nb.data import CropFlip, ImageData
+from distill_nb.models import resnet20, resnet8
 from distill_nb.training import Recipe, fit, read_checkpoint, write_checkpoint
+from distill_nb.data_free import (DataFree, DeepInversion, Distilled, Generator, GlassTeacher, Imitate, Noise,
+                                  Pictures, PixelRange, as_constant, bn_layers, competition, dafl_losses,
+                                  distill_without_data, find_channels, inputs_of, invert, joined, statistics_distance,
+                                  total_variation)
 
 CLASSES, SIDE = 3, 4
 RECIPE = Recipe(steps=12, batch_size=8, optimizer='adamw', lr=0.01, weight_decay=0.01, precision='float32')

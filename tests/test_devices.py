@@ -5,17 +5,21 @@ import pytest
 import torch
 from torch import nn
 
-from distill_nb import data as data_module, models as models_module
-from distill_nb.cache import LOOK, CachedTeacher
-from distill_nb.cli import distill_nb, distill_nb_data_free
+from distill_nb import folders as data_module, models as models_module
+from distill_nb.files import save_weights
 from distill_nb.data import ImageData, Splits, digits, few_labels
-from distill_nb.data_free import Pictures, distill_without_data
+from distill_nb.models import digit_student, digit_teacher, profile_model
+from distill_nb.training import (Frozen, Recipe, Supervised, best_precision, device_of, evaluate, fit, fit_device,
+                                 placed, predict)
+from distill_nb.compare import choose, compare
+from distill_nb.logits import Distill, check_teacher
+from distill_nb.cache import LOOK, CachedTeacher
 from distill_nb.features import FEATURE_WEIGHTS, feature_method, feature_shapes, layer_similarity, plot_attention
-from distill_nb.logits import Distill, check_teacher, compare
-from distill_nb.methods import METHODS, Task, choose, contender, rehearse
-from distill_nb.models import digit_student, digit_teacher, profile_model, save_weights
-from distill_nb.self_distillation import BeYourOwnTeacher, SelfTeacher, born_again, exit_logits, measure_exits, sure_curve
-from distill_nb.training import Frozen, Recipe, Supervised, best_precision, device_of, evaluate, fit, fit_device, placed, predict
+from distill_nb.self_distillation import (BeYourOwnTeacher, SelfTeacher, born_again, exit_logits, measure_exits,
+                                          sure_curve)
+from distill_nb.data_free import Pictures, distill_without_data
+from distill_nb.methods import METHODS, Task, contender, rehearse
+from distill_nb.cli import distill_nb, distill_nb_data_free
 from tools.notebooks import NBS, directives
 
 from pretended_gpu import pretended

@@ -8,13 +8,16 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from distill_nb.files import fingerprint
 from distill_nb.data import Batch, CropFlip, ImageData
-from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational, Term, as_map, attention_loss, attention_map, cka,
-                                 feature_method, feature_shapes, head_input, hint_loss, layer_similarity, plot_attention, plot_similarity, resize_map, rkd_angle_loss,
-                                 rkd_distance_loss, stage_pairs, tap)
-from distill_nb.logits import Distill, compare
-from distill_nb.models import digit_student, digit_teacher, fingerprint, resnet8, resnet18, resnet20, wrn_16_1
+from distill_nb.models import digit_student, digit_teacher, resnet18, resnet20, resnet8, wrn_16_1
 from distill_nb.training import Recipe, Supervised, evaluate, fit, read_checkpoint
+from distill_nb.compare import compare
+from distill_nb.logits import Distill
+from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational, Term,
+                                 as_map, attention_loss, attention_map, cka, feature_method, feature_shapes,
+                                 head_input, hint_loss, layer_similarity, plot_attention, plot_similarity, resize_map,
+                                 rkd_angle_loss, rkd_distance_loss, stage_pairs, tap)
 
 quick = settings(deadline=None, max_examples=12)
 RECIPE = Recipe(steps=12, batch_size=16, optimizer='adamw', lr=0.01, precision='float32')

@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from distill_nb.data import CropFlip, ImageData, digits
-from distill_nb.logits import Comparison, Distill, agreement, by_luck, check_teacher, compare, interval, markdown_table, paired, probability_kind, share_interval, stored_result, tune
+from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED, DistillationLoss, dist_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
-from distill_nb.models import build_model, digit_teacher, fingerprint
+from distill_nb.data import CropFlip, ImageData, digits
+from distill_nb.models import digit_teacher
 from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
+from distill_nb.compare import Comparison, agreement, compare, interval, paired, share_interval
+from distill_nb.logits import Distill, by_luck, check_teacher, probability_kind
+from distill_nb.zoo import build_model
+from distill_nb.report import stored_result
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')
 CLASSES = 3
@@ -580,7 +584,7 @@ def test_a_notebook_shows_a_table_and_everything_else_its_text():
 
 
 def test_a_table_needs_no_ipython():
-    code = f"import sys; sys.modules['IPython'] = None; from distill_nb.logits import markdown_table; print(markdown_table({ROWS}, digits=2))"
+    code = f"import sys; sys.modules['IPython'] = None; from distill_nb.compare import markdown_table; print(markdown_table({ROWS}, digits=2))"
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert p.stdout == TABLE + '\n', p.stderr
 

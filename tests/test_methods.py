@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from distill_nb import methods, training
-from distill_nb.cache import CachedTeacher
-from distill_nb.data import digits, few_labels
-from distill_nb.logits import compare
+from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED
-from distill_nb.methods import METHODS, Task, choose, contender, grid, rehearse
-from distill_nb.models import build_model, digit_student, digit_teacher, fingerprint
+from distill_nb.data import digits, few_labels
+from distill_nb.models import digit_student, digit_teacher
 from distill_nb.training import DivergedError, Recipe, Supervised, fit
+from distill_nb.compare import choose, compare
+from distill_nb.cache import CachedTeacher
+from distill_nb.zoo import build_model
+from distill_nb.methods import METHODS, Task, contender, rehearse
 
 RECIPE = Recipe(steps=6, batch_size=32, optimizer='adamw', lr=0.02, precision='float32')
 

@@ -8,13 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill_nb import self_distillation
-from distill_nb.data import CropFlip, ImageData, digits, mix
-from distill_nb.logits import Distill
+from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED
-from distill_nb.models import build_model, count_macs, digit_student, digit_teacher, fingerprint, resnet18, wrn_16_1
-from distill_nb.self_distillation import (BeYourOwnTeacher, EarlyExits, Ensemble, ExitHead, MovingAverage, SelfTeacher, born_again, exit_costs, exit_logits, feature_distance,
-                                          generation_seed, measure_exits, other_view, plot_exits, repeat_labelled, run_until, sure_curve, sure_exit, view_loss)
+from distill_nb.data import CropFlip, ImageData, digits, mix
+from distill_nb.models import count_macs, digit_student, digit_teacher, resnet18, wrn_16_1
 from distill_nb.training import Recipe, Supervised, evaluate, fit, predict, read_checkpoint
+from distill_nb.logits import Distill
+from distill_nb.self_distillation import (BeYourOwnTeacher, EarlyExits, Ensemble, ExitHead, MovingAverage, SelfTeacher,
+                                          born_again, exit_costs, exit_logits, feature_distance, generation_seed,
+                                          measure_exits, other_view, plot_exits, repeat_labelled, run_until,
+                                          sure_curve, sure_exit, view_loss)
+from distill_nb.zoo import build_model
 
 RECIPE = Recipe(steps=20, batch_size=16, lr=0.05, precision='float32')
 CLASSES = 3

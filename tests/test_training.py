@@ -10,11 +10,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from distill_nb import training
-from distill_nb.data import CropFlip, ImageData, digits
+from distill_nb.files import fingerprint, read_weights
 from distill_nb.losses import UNLABELLED, DistillationLoss
-from distill_nb.models import digit_student, digit_teacher, fingerprint, read_weights, resnet8
-from distill_nb.training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, best_precision, calibration_error, evaluate, evaluating, fit,
-                                 fit_device, plan, predict, read_checkpoint, scheduled, write_checkpoint)
+from distill_nb.data import CropFlip, ImageData, digits
+from distill_nb.models import digit_student, digit_teacher, resnet8
+from distill_nb.training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, best_precision,
+                                 calibration_error, evaluate, evaluating, fit, fit_device, plan, predict,
+                                 read_checkpoint, scheduled, write_checkpoint)
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
 
@@ -518,7 +520,6 @@ from torch import nn
 sys.path.insert(0, {tests!r})
 from test_training import images, net, weights, Distilling, RECIPE
 from dataclasses import replace
-from distill_nb.training import fit
 torch.set_num_threads(1)
 class Slow(Distilling):
     pass
@@ -551,7 +552,6 @@ LAUNCHED = '''
 import json, sys, torch
 sys.path.insert(0, {tests!r})
 from test_training import images, net, Distilling, RECIPE
-from distill_nb.training import fit
 from accelerate import PartialState
 objective = Distilling(net(), net(seed=1))
 h = fit(objective, images(), RECIPE, images(), {folder!r}, device='cpu', progress=False)
