@@ -520,6 +520,7 @@ from torch import nn
 sys.path.insert(0, {tests!r})
 from test_training import images, net, weights, Distilling, RECIPE
 from dataclasses import replace
+from distill_nb.training import fit
 torch.set_num_threads(1)
 class Slow(Distilling):
     pass
@@ -552,6 +553,7 @@ LAUNCHED = '''
 import json, sys, torch
 sys.path.insert(0, {tests!r})
 from test_training import images, net, Distilling, RECIPE
+from distill_nb.training import fit
 from accelerate import PartialState
 objective = Distilling(net(), net(seed=1))
 h = fit(objective, images(), RECIPE, images(), {folder!r}, device='cpu', progress=False)
