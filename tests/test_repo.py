@@ -8,8 +8,8 @@ from tools.notebooks import (NBS, ROOT, bibliography, code_hash, form, head, ker
                              references, runs, settings, stale)
 
 # Lowest first: a module imports only from those before it.
-MODULES = ['theory', 'losses', 'data', 'models', 'training', 'logits', 'cache', 'features', 'self_distillation',
-           'data_free', 'methods', 'bench', 'cli']
+MODULES = ['files', 'losses', 'theory', 'data', 'folders', 'models', 'training', 'compare', 'logits', 'cache',
+           'features', 'self_distillation', 'data_free', 'zoo', 'methods', 'report', 'run', 'bench', 'cli']
 S = settings()
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
 TRACKED = TRACKED or [str(p.relative_to(ROOT)) for p in ROOT.rglob('*') if p.is_file()]
@@ -366,7 +366,7 @@ def test_a_bar_leaves_nothing_in_a_saved_notebook_and_a_value_stands_above_its_f
     import nbformat
     nb = nbformat.v4.new_notebook()
     nb.cells = [nbformat.v4.new_code_cell(source) for source in (
-        'import time\nfrom distill_nb.data import progress_bar\nimport matplotlib.pyplot as plt',
+        'import time\nfrom distill_nb.files import progress_bar\nimport matplotlib.pyplot as plt',
         "for i in progress_bar(range(24), desc='outer'):\n"
         "    for j in progress_bar(range(24), desc='inner', disable=i > 0): time.sleep(0.06 if i == 0 else 0.01)",
         'plt.plot([1, 2])\n5')]
