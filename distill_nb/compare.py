@@ -96,7 +96,7 @@ def values(self:Comparison,
     measure:str, # A key of the runs
 )->list:
     "One value for each seed, in the order of the seeds, so that two contenders are paired."
-    must(name in self.names, 'name', name, f"one of {', '.join(self.names)}")
+    must(name in self.names, 'name', name, f"one of {', '.join(map(str, self.names))}")
     found = self._by_seed(name)
     without = [s for s, r in found.items() if measure not in r]
     if without:

@@ -205,10 +205,10 @@ def choose_setting(
     "Try each setting once on the validation split; the first of the best wins."
     settings = _settings_of(name) if settings is None else list(settings)
     _check_settings(settings)
-    for s in settings: rehearse(name, task, **s)
-    if len(settings) == 1: return settings[0], []
     labels = {' '.join(f'{k}={v}' for k, v in s.items()): s for s in settings}
     made = {label: contender(name, task, **s) for label, s in labels.items()}
+    for s in settings: rehearse(name, task, **s)
+    if len(settings) == 1: return settings[0], []
     best, rows = choose(task.make_student, made, task.recipe, valid, name, seeds=[1000], **kwargs)
     found = {label: row and row['valid_accuracy'] for label, row in rows.items()}
     return labels[best], [{'method': name, **s, 'valid_accuracy': found[label]}

@@ -42,8 +42,8 @@ def test_every_method_trains_the_student_and_leaves_the_teacher(name, task):
     student = digit_student()
     fresh = fingerprint(student.state_dict())
     task = task._replace(recipe=replace(RECIPE, steps=80))  # by which the teacher of the born-again student is trained
-    objective, data, *own = contender(name, task, **METHODS[name].grid[0])(student)
-    history = fit(objective, data, replace(own[0] if own else RECIPE, steps=6), valid)
+    way = contender(name, task, **METHODS[name].grid[0])
+    history = fit(way.objective(student), way.data, replace(way.recipe or RECIPE, steps=6), valid)
     assert fingerprint(student.state_dict()) != fresh and fingerprint(task.teacher.model.state_dict()) == before
     assert all(torch.tensor(v).isfinite().all() for v in history.losses.values())
 
@@ -54,10 +54,10 @@ def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_pa
     def run(folder, resume=False, stop=None):
         torch.manual_seed(1)
         student = digit_student()
-        objective, data, *own = contender(name, task, **METHODS[name].grid[0])(student)
-        calls = interrupt(objective, stop)
-        recipe = replace(own[0] if own else RECIPE, steps=110, batch_size=16, precision='bfloat16')
-        fit(objective, data, recipe, None, folder, resume, save_every=0)
+        way = contender(name, task, **METHODS[name].grid[0])
+        calls = interrupt(objective := way.objective(student), stop)
+        recipe = replace(way.recipe or RECIPE, steps=110, batch_size=16, precision='bfloat16')
+        fit(objective, way.data, recipe, None, folder, resume, save_every=0)
         return fingerprint(student.state_dict()), len(calls)
     whole, steps = run(tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', stop=105)
