@@ -22,8 +22,9 @@ from torch.func import functional_call
 from .files import fingerprint, must, number, whole
 from .losses import UNLABELLED, check_temperature, check_weight, jsd_loss, kd_loss, upcast
 from .data import Batch, ImageData, mix
-from .training import (Frozen, History, Objective, Recipe, check_classes, device_of,
-                                 evaluating, fit, logits_of)
+from .models import evaluating
+from .training import (Frozen, History, Objective, Recipe, check_classes, device_of, fit,
+                                 logits_of)
 from .logits import Distill
 from .features import listening
 

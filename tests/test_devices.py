@@ -286,7 +286,7 @@ def gpu_code(name):
 @pytest.mark.parametrize('name', ['03_models.ipynb', '04_training.ipynb', '05_logits.ipynb'])
 def test_gpu_cells_run_in_small(name, device, monkeypatch, request):
     if device == 'cuda': request.getfixturevalue('card')
-    small = lambda classes=10, weights=None, **kw: models_module.wrn(10, 1, classes)
+    small = lambda classes=10, weights=None, **kw: models_module.WideResNet(10, 1, classes)
     monkeypatch.setattr(data_module, 'cifar10', lambda root, size=None: colours())
     for net in ('resnet18', 'resnet20', 'resnet50'): monkeypatch.setattr(models_module, net, small)
     module = importlib.import_module(f'distill_nb.{name[3:-6]}')
