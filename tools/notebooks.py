@@ -122,7 +122,7 @@ def docment_lines(source):
     members = [member for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for member in node.body]
     for n in tree.body + members:
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)): parts = [n.returns, *ast.walk(n.args)]
-        elif isinstance(n, (ast.Assign, ast.AnnAssign)) and n in members: parts = [n]
+        elif isinstance(n, ast.AnnAssign) and n in members: parts = [n]
         else: continue
         found |= set(range(n.lineno, max(getattr(part, 'end_lineno', n.lineno) for part in parts) + 1))
     return found
