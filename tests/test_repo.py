@@ -34,6 +34,15 @@ def test_the_package_is_what_the_notebooks_export(tmp_path):
     assert {p.stem for p in (ROOT/'distill_nb').glob('*.py')} == {*MODULES, '__init__', '__main__', '_modidx'}
 
 
+def test_the_site_shows_every_notebook_and_names_files_that_exist():
+    "Quarto passes over a favicon that is missing, and with a bibliography it would write a second list of references."
+    site = (ROOT/'_quarto.yml').read_text()
+    assert sorted(re.findall(r'[\w-]+\.ipynb', site)) == [p.name for p in notebooks()]
+    files = re.findall(r'[\w-]+\.(?:css|lua|scss|svg)', site)
+    assert len(files) == 4 and all((NBS/name).is_file() for name in files)
+    assert 'bibliography' not in site and 'bibliography' not in (NBS/'_quarto.yml').read_text()
+
+
 def test_readme_is_the_index(): assert (ROOT/'README.md').read_text() == readme()
 
 

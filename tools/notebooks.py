@@ -190,10 +190,12 @@ def head(path):
     "The sources of the badge cell and of the install cell of the notebook at `path`."
     s = settings()
     place = s['repo_url'].removeprefix('https://github.com/')
-    badge = (f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-             f"(https://colab.research.google.com/github/{place}/blob/{s['branch']}/nbs/{path.name})")
+    page = f"https://colab.research.google.com/github/{place}/blob/{s['branch']}/nbs/{path.name}"
+    # As HTML, which is Colab's own form: of an image alone in its paragraph Quarto makes a figure with a caption.
+    badge = (f'<a href="{page}"><img src="https://colab.research.google.com/assets/colab-badge.svg" '
+             'alt="Open In Colab"></a>')
     took = json.loads(path.read_text())['metadata'].get('seconds')
-    if took and path.stem != 'index': badge += '\n\n' + how_long(took)
+    if took and path.stem != 'index': badge += ' ' + how_long(took)
     return badge, f"#| hide\n![ -e /content ] && pip install -q git+{s['repo_url']}  # on Colab only"
 
 
