@@ -1,13 +1,16 @@
 """Every `##` section of every notebook is a test: `nbs/01_losses.ipynb::cpu::Temperature`.
 
-Each notebook is run twice, alone in an empty folder: as it is, and on a pretended GPU, which finds what was left on the wrong
-device. `NOTEBOOK_PYTHON` names the interpreter of another environment to run them in, such as one that holds the wheel alone."""
+Each notebook is run twice, alone in an empty folder: as it is, and on a pretended GPU, which finds what was left on the
+wrong device. `NOTEBOOK_PYTHON` names the interpreter of another environment to run them in, such as one that holds the
+wheel alone. What is slow, cell or test, is left out unless `--flags slow` asks for it."""
 import os, sys
+from collections import Counter
 from contextlib import ExitStack
 
 # Before torch is loaded: the workers share the cores, and all interpreters that the tests start share compiled modules.
 if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT']))))
+    share = (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT'])
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, share)))
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 import pytest
@@ -22,11 +25,35 @@ DEVICES = {'cpu': '', 'gpu': CARD}
 
 
 def pytest_addoption(parser):
-    parser.addoption('--flags', default='', help="also run the notebook cells with these flags, e.g. 'slow gpu'")
+    parser.addoption('--flags', default='', help="also run cells and tests with these flags, e.g. 'slow gpu'")
+
+
+def flags(config): return config.getoption('--flags').split()
+
+
+def pytest_collection_modifyitems(config, items):
+    if 'slow' in flags(config): return
+    slow = [item for item in items if item.get_closest_marker('slow')]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    "Beside what `--durations` prints: the seconds of the slowest files, and of a notebook for each device."
+    if config.getoption('durations') is None: return
+    took = Counter()
+    for report in sum(terminalreporter.stats.values(), []):
+        if not hasattr(report, 'duration'): continue
+        parts = report.nodeid.split('::')
+        took['::'.join(parts[:2] if parts[0].endswith('.ipynb') else parts[:1])] += report.duration
+    terminalreporter.section('slowest 10 files')
+    for name, seconds in took.most_common(10): terminalreporter.line(f'{seconds:7.1f} s  {name}')
+    terminalreporter.line(f'{took.total():7.1f} s  all {len(took)} files')
 
 
 def pytest_collect_file(file_path, parent):
-    if file_path.suffix == '.ipynb' and file_path.parent == NBS: return NotebookFile.from_parent(parent, path=file_path)
+    if file_path.suffix != '.ipynb' or file_path.parent != NBS: return
+    return NotebookFile.from_parent(parent, path=file_path)
 
 
 class NotebookFile(pytest.File):
@@ -45,12 +72,14 @@ class Notebook(pytest.Collector):
         import nbformat
         self.nb, title, sections = nbformat.read(self.path, 4), 'start', {}
         for i, cell in enumerate(self.nb.cells):
-            if cell.cell_type == 'markdown' and cell.source.startswith('## '): title = cell.source.splitlines()[0][3:].strip()
-            if runs(cell, self.config.getoption('--flags').split()): sections.setdefault(title, []).append(i)
+            if cell.cell_type == 'markdown' and cell.source.startswith('## '):
+                title = cell.source.splitlines()[0][3:].strip()
+            if runs(cell, flags(self.config)): sections.setdefault(title, []).append(i)
         for name, cells in sections.items(): yield Section.from_parent(self, name=name, cells=cells)
 
     def setup(self):
-        self.run = self.stack.enter_context(kernel(self.nb, os.environ.get('NOTEBOOK_PYTHON', sys.executable), self.first))
+        python = os.environ.get('NOTEBOOK_PYTHON', sys.executable)
+        self.run = self.stack.enter_context(kernel(self.nb, python, self.first))
 
     def teardown(self): self.stack.close()
 

@@ -25,7 +25,7 @@ from .folders import load_data
 from .models import count_macs
 from .training import (Recipe, Supervised, _Run, best_precision, environment, evaluate,
                                  fit, fit_device, image_order)
-from .compare import text_table
+from .compare import table
 from .logits import Distill, check_teacher
 from .cache import CachedTeacher
 from .zoo import build_model, load_weights
@@ -186,7 +186,7 @@ class Cached(Ours):
     asks = False
     def __init__(self, work):
         teacher, student = work.models()
-        cached = CachedTeacher(teacher, work.data, views=min(2, work.data.n_views)).fill(work.batch_size, device=work.device.type, progress=False)
+        cached = CachedTeacher(teacher, work.data.replace(views=min(2, work.data.n_views))).fill(work.batch_size, device=work.device.type, progress=False)
         super().__init__(work, Distill(student, cached, examine=False), cached.data)
 
 class Alone(Ours):
@@ -467,11 +467,11 @@ def bench_text(
     "A result as it is printed."
     shown = {'contender': lambda r: r['contender'], 'precision': lambda r: r['precision'], 'ms/step': lambda r: f"{r['step_ms']:.1f}", 'naive/this': lambda r: f"{r['ratio_to_naive']:.2f}",
              'peak MB': lambda r: '' if r['peak_mb'] is None else f"{r['peak_mb']:,.0f}", 'GFLOP/s': lambda r: f"{r['gflops']:,.1f}", '% of peak': lambda r: f"{100*r['share_of_peak']:.1f}"}
-    lines = [text_table([list(shown)] + [[f(r) for f in shown.values()] for r in result['rows']]), '']
+    lines = [str(table(result['rows'], shown)), '']
     lines += [f'{name}: {value:.3f}' for name, value in result['ratios'].items()] + [f"teacher forward: {result['teacher_forward_ms']:.1f} ms"]
     lines += [f'matrix product in {p}: {v:,.0f} GFLOP/s' for p, v in result['matmul_gflops'].items()]
     if race := result['to_accuracy']:
-        lines += ['', text_table([['contender', 'epochs', 'seconds', 'validation accuracy %']] + [[r['contender'], f"{r['epochs']:g}", f"{r['seconds']:.1f}", f"{100*r['accuracy']:.2f}"] for r in race])]
+        lines += ['', str(table(race, {'contender': lambda r: r['contender'], 'epochs': lambda r: f"{r['epochs']:g}", 'seconds': lambda r: f"{r['seconds']:.1f}", 'validation accuracy %': lambda r: f"{100*r['accuracy']:.2f}"}))]
         lines += ['', f"to the naive loop's accuracy: {race[0]['seconds']/race[-1]['seconds']:.2f} times as fast" if race[-1]['accuracy'] >= race[0]['accuracy'] else "the naive loop's accuracy was not reached"]
     return '\n'.join(lines)
 

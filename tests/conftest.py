@@ -19,7 +19,7 @@ def masked(): return Masked
 
 @pytest.fixture
 def interrupt():
-    "A function that lets an objective be interrupted before forward number `stop`, and returns the list that counts its forwards."
+    "A function that interrupts an objective before forward number `stop`, and returns the list that counts forwards."
     def at(objective, stop):
         calls, forward = [], objective.forward
         def counted(batch):

@@ -1,7 +1,8 @@
 """A pretended CUDA card, for machines without one: `begin()` first, then run anything.
 
-Its tensors lie in the CPU's memory and carry a mark; an operation on marked and unmarked ones raises, as CUDA does. It finds what
-was left on the wrong device. Of speed, memory and rounding it says nothing. It behaves as a T4: no bfloat16, but tensor cores.
+Its tensors lie in the CPU's memory and carry a mark; an operation on marked and unmarked ones raises, as CUDA does. It
+finds what was left on the wrong device. Of speed, memory and rounding it says nothing. It behaves as a T4: no bfloat16,
+but tensor cores.
 """
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 CARD = torch.device('cuda', 0)
 GETTERS = {Tensor.device.__get__: lambda t: CARD, Tensor.is_cuda.__get__: lambda t: True}
-ACROSS = {'copy_', '__set__', '__setitem__', '__getitem__', 'set_', 'index_put_', 'type_as', 'module_load', 'backward', 'grad'}
+ACROSS = {'copy_', '__set__', '__setitem__', '__getitem__', 'set_', 'index_put_', 'type_as', 'module_load', 'backward',
+          'grad'}
 
 
 def marked(t): return isinstance(t, Tensor) and t.__dict__.get('on_card', False)
@@ -60,8 +62,10 @@ class Card(TorchFunctionMode):
             return GETTERS[func](args[0]) if on and func in GETTERS else mark(func(*args), on)
         if name in ('to', 'cuda', 'cpu'): return self.move(func, name, args, kwargs)
         if name in ('numpy', '__array__') and marked(args[0]):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
-        args, kwargs, asked = on_cpu(args, kwargs) if 'device' in kwargs or name in ('empty_like', 'type') else (args, kwargs, None)
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. "
+                            'Use Tensor.cpu() to copy the tensor to host memory first.')
+        asked = None
+        if 'device' in kwargs or name in ('empty_like', 'type'): args, kwargs, asked = on_cpu(args, kwargs)
         tensors = tensors_in(args) + tensors_in(kwargs)
         here = any(map(marked, tensors))
         if here and asked is None: self.refuse_mixture(name, args, tensors)
@@ -88,8 +92,8 @@ class Card(TorchFunctionMode):
             if not marked(args[0]) and any(map(marked, tensors_in(args[1]))):
                 raise RuntimeError('indices should be either on cpu or on the same device as the indexed tensor (cpu)')
         if name not in ACROSS and any(not marked(t) and t.ndim for t in tensors):
-            raise RuntimeError('Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! '
-                               f'(when checking arguments in {name})')
+            raise RuntimeError('Expected all tensors to be on the same device, but found at least two devices, '
+                               f'cuda:0 and cpu! (when checking arguments in {name})')
 
 
 CUDA = dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, synchronize=lambda *a: None,

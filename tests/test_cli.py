@@ -12,15 +12,18 @@ from distill_nb.data import ImageData, digits
 from distill_nb.folders import load_data
 from distill_nb.models import resnet18
 from distill_nb.training import evaluate
-from distill_nb.compare import interval, paired, share_interval, text_table
+from distill_nb.compare import interval, paired, share_interval
 from distill_nb.zoo import build_model, imagenet_normalisation, load_weights, make_teacher, pretrained_model
 from distill_nb.methods import METHODS
-from distill_nb.report import stored_result, table, verdicts
+from distill_nb.report import result_table, stored_result, verdicts
 from distill_nb.run import PRESETS, command_line, free_folder
-from distill_nb.cli import distill_nb, run_command
+from distill_nb.bench import distill_nb_bench
+from distill_nb.cli import distill_nb, distill_nb_data_free, run_command
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
-COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms', 'seconds'}
+COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms',
+           'seconds'}
+DIGIT_PAIR = ['--teacher', 'digit_teacher', '--student', 'digit_student']
 
 
 def command(*argv): return run_command(distill_nb, [str(a) for a in argv])
@@ -46,13 +49,16 @@ def photos(folder, size=16, n=40, classes=('cat', 'dog', 'owl')):
 # --- a whole run
 
 def test_a_run_leaves_all_that_it_promises(finished):
-    assert {p.name for p in finished.iterdir()} == {'result.json', 'curves.png', 'comparison.png', 'teacher.safetensors', 'student.safetensors', 'recipe.json', 'report.html', 'work'}
+    files = {'result.json', 'curves.png', 'comparison.png', 'teacher.safetensors', 'student.safetensors', 'recipe.json',
+             'report.html', 'work'}
+    assert {p.name for p in finished.iterdir()} == files
     result = json.loads((finished/'result.json').read_text())
     assert {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'} <= set(result)
     rows = {(r['setting'], r['model']): r for r in result['rows']}
     assert set(rows) == {(s, m) for s in ('all_labels', 'few_labels') for m in ('teacher', 'alone', 'distilled')}
     for (_, model), r in rows.items():
-        assert COLUMNS <= set(r) and 0 <= r['accuracy'] <= 1 and r['ci95'][0] <= r['accuracy'] <= r['ci95'][1] and r['latency_ms'] > 0
+        assert COLUMNS <= set(r) and 0 <= r['accuracy'] <= 1 and r['latency_ms'] > 0
+        assert r['ci95'][0] <= r['accuracy'] <= r['ci95'][1]
         assert ('difference' in r) == (model == 'distilled')
         if model == 'distilled':
             low, high = r['difference_ci95']
@@ -66,28 +72,32 @@ def test_a_result_holds_every_measure_of_every_seed_and_wilsons_interval_for_one
     rows = json.loads((finished/'result.json').read_text())['rows']
     for r in rows:
         if r['model'] == 'teacher':
-            assert r['ci95'] == share_interval(round(359 * r['accuracy']), 359) and r['interval_over'] == 'test images' and 'runs' not in r
+            assert r['ci95'] == share_interval(round(359 * r['accuracy']), 359)
+            assert r['interval_over'] == 'test images' and 'runs' not in r
             continue
         assert [run['seed'] for run in r['runs']] == [0, 1] and r['interval_over'] == 'seeds'
-        assert all(set(run) == {'seed', 'valid_accuracy', 'accuracy', 'agreement', 'ece', 'seconds'} for run in r['runs'])
+        measures = {'accuracy', 'agreement', 'ece', 'seconds'}
+        assert all(set(run) == measures | {'seed', 'valid_accuracy'} for run in r['runs'])
         assert r['ci95'] == interval(run['accuracy'] for run in r['runs'])[1]
-        for k in ('accuracy', 'agreement', 'ece', 'seconds'): assert r[k] == pytest.approx(sum(run[k] for run in r['runs']) / 2)
+        for k in measures: assert r[k] == pytest.approx(sum(run[k] for run in r['runs']) / 2)
     few = {r['model']: r for r in rows if r['setting'] == 'few_labels'}
-    assert paired(few['distilled'], few['alone']) == (few['distilled']['difference'], few['distilled']['difference_ci95'])
+    distilled = few['distilled']
+    assert paired(distilled, few['alone']) == (distilled['difference'], distilled['difference_ci95'])
 
 
 def test_rows_are_paired_by_seed_wherever_they_come_from():
     def row(**found): return {'runs': [{'seed': int(s[1:]), 'accuracy': a} for s, a in found.items()]}
     assert paired(row(s0=0.5, s1=0.9), row(s1=0.8, s0=0.4))[1] == pytest.approx([0.1, 0.1])
-    with pytest.raises(ValueError, match=r'same seeds for every contender.*\[1\]'): paired(row(s0=0.5, s1=0.9), row(s0=0.4))
+    with pytest.raises(ValueError, match=r'same seeds for every contender.*\[1\]'):
+        paired(row(s0=0.5, s1=0.9), row(s0=0.4))
 
 
 def test_intervals_are_printed_by_their_ends(finished):
     rows = json.loads((finished/'result.json').read_text())['rows']
-    cells, page = table(rows), (finished/'report.html').read_text()
-    for r, shown in zip(rows, cells[1:]):
+    shown, page = result_table(rows), (finished/'report.html').read_text()
+    for r, cells in zip(rows, shown.rows):
         cell = f"{100 * r['accuracy']:.2f} [{100 * r['ci95'][0]:.2f}, {100 * r['ci95'][1]:.2f}]"
-        assert shown[cells[0].index('accuracy % [95 %]')] == cell and cell in page
+        assert cells[shown.head.index('accuracy % [95 %]')] == cell and cell in page
     assert '±' not in page and "Wilson&#x27;s" not in page and "Wilson's over the test images" in page
 
 
@@ -101,11 +111,14 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
         assert {k: v for k, v in new.items() if k != 'rows'} == {k: v for k, v in old.items() if k != 'rows'}
         for was, row in zip(old['rows'], new['rows'], strict=True):
             if 'accuracies' in was:
-                assert [r['accuracy'] for r in row['runs']] == was['accuracies'] and [r['seconds'] for r in row['runs']] == was['run_seconds']
-                assert [r['seed'] for r in row['runs']] == list(range(old['seeds'])) and not {'accuracies', 'run_seconds'} & set(row)
+                assert [r['accuracy'] for r in row['runs']] == was['accuracies']
+                assert [r['seconds'] for r in row['runs']] == was['run_seconds']
+                assert [r['seed'] for r in row['runs']] == list(range(old['seeds']))
+                assert not {'accuracies', 'run_seconds'} & set(row)
             if 'ci95' not in was: continue
             found.add(was['interval_over'])
-            if was['interval_over'] == 'seeds' and isinstance(was['ci95'], float): assert row['ci95'] == [was['accuracy'] - was['ci95'], was['accuracy'] + was['ci95']]
+            if was['interval_over'] == 'seeds' and isinstance(was['ci95'], float):
+                assert row['ci95'] == [was['accuracy'] - was['ci95'], was['accuracy'] + was['ci95']]
             elif was['interval_over'] == 'test images':
                 n = int(re.search(r'([0-9,]+) test images', old['data'])[1].replace(',', ''))
                 right = was['accuracy'] * n
@@ -114,8 +127,8 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
 
 
 def test_a_share_near_one_is_not_said_to_be_known_better_than_it_is():
-    cells = table(stored_result('digits')['rows'])
-    assert cells[1][cells[0].index('accuracy % [95 %]')] == '99.44 [97.99, 99.85]'  # Wald: 98.67 to 100.21
+    shown = result_table(stored_result('digits')['rows'])
+    assert shown.rows[0][shown.head.index('accuracy % [95 %]')] == '99.44 [97.99, 99.85]'  # Wald: 98.67 to 100.21
 
 
 def test_the_weights_are_those_that_were_reported(finished):
@@ -125,8 +138,10 @@ def test_the_weights_are_those_that_were_reported(finished):
     assert evaluate(teacher, data.test).accuracy == pytest.approx(row['accuracy'])
     student = load_weights(build_model('digit_student', 10, 1, 8), finished/'student.safetensors')
     about = read_weights(finished/'student.safetensors')[1]
-    assert evaluate(student, data.valid).accuracy == pytest.approx(float(about['valid_accuracy'])) and about['trained'] == 'distilled'
-    assert (finished/'student.safetensors').stat().st_size == pytest.approx(next(r['bytes'] for r in result['rows'] if r['model'] == 'alone'), abs=400)
+    assert evaluate(student, data.valid).accuracy == pytest.approx(float(about['valid_accuracy']))
+    assert about['trained'] == 'distilled'
+    row = next(r for r in result['rows'] if r['model'] == 'alone')
+    assert (finished/'student.safetensors').stat().st_size == pytest.approx(row['bytes'], abs=400)
 
 
 def test_the_report_needs_nothing_beside_it(finished):
@@ -141,13 +156,18 @@ def test_a_finished_run_is_only_read_again_when_asked(finished, capsys):
     assert '--resume' in capsys.readouterr().err
     assert command(*QUICK, '--out', finished, '--resume') == 0
     after = json.loads((finished/'result.json').read_text())
-    strip = lambda r: [{k: v for k, v in row.items() if k not in ('latency_ms', 'seconds', 'runs', 'seconds_per_epoch')} | {'runs': [run | {'seconds': 0} for run in row.get('runs', [])]} for row in r['rows']]
+    def strip(result):
+        "The rows without what is measured anew: seconds and latencies."
+        new = ('latency_ms', 'seconds', 'runs', 'seconds_per_epoch')
+        rows = [{k: v for k, v in row.items() if k not in new} for row in result['rows']]
+        return rows, [[run | {'seconds': 0} for run in row.get('runs', [])] for row in result['rows']]
     assert strip(after) == strip(before)
 
 
 def test_a_killed_run_resumes_to_the_same_result(finished, tmp_path):
     folder = tmp_path/'run'
-    p = subprocess.Popen([sys.executable, '-m', 'distill_nb', *QUICK, '--out', str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    argv = [sys.executable, '-m', 'distill_nb', *QUICK, '--out', str(folder)]
+    p = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while p.poll() is None and not list(folder.glob('work/all_labels/*/checkpoint.safetensors')): time.sleep(0.01)
     p.send_signal(signal.SIGKILL)
     p.wait()
@@ -159,10 +179,11 @@ def test_a_killed_run_resumes_to_the_same_result(finished, tmp_path):
 
 def test_a_folder_of_photos_and_the_choice_of_temperature_and_alpha(tmp_path, capsys):
     data = photos(tmp_path/'photos')
-    assert command('--data', f'folder:{data}', '--teacher', 'digit_teacher', '--student', 'digit_student', '--epochs', 2, '--seeds', 2, '--labels', 6, '--alpha', 0.5,
-                   '--lr', 0.02, '--batch_size', 8, '--precision', 'float32', '--out', tmp_path/'run') == 0
+    argv = ['--data', f'folder:{data}', *DIGIT_PAIR, '--epochs', 2, '--seeds', 2, '--labels', 6, '--alpha', 0.5]
+    assert command(*argv, '--lr', 0.02, '--batch_size', 8, '--precision', 'float32', '--out', tmp_path/'run') == 0
     result = json.loads((tmp_path/'run'/'result.json').read_text())
-    assert {len(t) for t in result['tries'].values()} == {3} and all(t['alpha'] == 0.5 for tries in result['tries'].values() for t in tries)
+    assert {len(t) for t in result['tries'].values()} == {3}
+    assert all(t['alpha'] == 0.5 for tries in result['tries'].values() for t in tries)
     assert result['labelled_images']['few_labels'] == 6
     assert 'chosen on the validation split' in capsys.readouterr().out
 
@@ -171,7 +192,8 @@ def test_trained_weights_bring_their_normalisation_and_are_not_trained_again(fin
     train = digits().train
     model, trained, normalisation = make_teacher('digit_teacher', str(finished/'teacher.safetensors'), train)
     assert trained and normalisation == (train.mean, train.std)
-    assert command(*QUICK, '--teacher_weights', finished/'teacher.safetensors', '--labels', 0, '--out', tmp_path/'run') == 0
+    weights = finished/'teacher.safetensors'
+    assert command(*QUICK, '--teacher_weights', weights, '--labels', 0, '--out', tmp_path/'run') == 0
     rows = json.loads((tmp_path/'run'/'result.json').read_text())['rows']
     assert {r['setting'] for r in rows} == {'all_labels'} and rows[0]['seconds'] == 0
 
@@ -186,47 +208,68 @@ def test_both_settings_and_all_seeds_share_the_kept_answers(finished):
 def test_ways_to_answer_can_be_compared(tmp_path, capsys):
     assert command(*QUICK, '--labels', 0, '--cache', 'live,3,all', '--out', tmp_path/'run') == 0
     said = capsys.readouterr().out
-    assert '1,079 images in 3 views' in said and 'With all labels, live teacher' in said and 'With all labels, 3 views' in said and 'With all labels, all views' in said
+    assert '1,079 images in 3 views' in said
+    for way in ('live teacher', '3 views', 'all views'): assert f'With all labels, {way}' in said
     rows = {r['model']: r for r in json.loads((tmp_path/'run'/'result.json').read_text())['rows']}
     assert list(rows) == ['teacher', 'alone', 'distilled_live', 'distilled_3', 'distilled_all']
     assert [rows[m]['answers'] for m in list(rows)[2:]] == ['live', 3, 9]
-    assert rows['distilled_live']['accuracy'] == pytest.approx(rows['distilled_all']['accuracy'], abs=0.05)  # the same answers, rounded to two bytes
+    live, kept = rows['distilled_live'], rows['distilled_all']  # the same answers, rounded to two bytes
+    assert live['accuracy'] == pytest.approx(kept['accuracy'], abs=0.05)
 
 
-def test_methods_can_be_compared_with_the_same_number_of_tries(tmp_path, capsys):
-    assert command('--epochs', 1, '--teacher_epochs', 4, '--seeds', 2, '--method', 'alone,dkd,self', '--labels', 100, '--out', tmp_path/'run') == 0
+@pytest.mark.parametrize('methods,settings', [
+    (['alone', 'dkd'], ['all_labels']),
+    pytest.param(['alone', 'dkd', 'self'], ['all_labels', 'few_labels'], marks=pytest.mark.slow)])
+def test_methods_can_be_compared_with_the_same_number_of_tries(methods, settings, tmp_path, capsys):
+    labels = 100 if 'few_labels' in settings else 0
+    argv = ['--epochs', 1, '--teacher_epochs', 4, '--seeds', 2, '--method', ','.join(methods), '--labels', labels]
+    assert command(*argv, '--out', tmp_path/'run') == 0
     result = json.loads((tmp_path/'run'/'result.json').read_text())
-    for setting in ('all_labels', 'few_labels'):
+    assert {r['setting'] for r in result['rows']} == set(settings)
+    for setting in settings:
         rows = {r['model']: r for r in result['rows'] if r['setting'] == setting}
-        assert list(rows) == ['teacher', 'alone', 'dkd', 'self'] and all(rows[m]['seconds_per_epoch'] > 0 for m in list(rows)[1:])
-        assert all(rows[m]['accuracy'] == pytest.approx(sum(run['accuracy'] for run in rows[m]['runs'])/len(rows[m]['runs'])) for m in list(rows)[1:])
-        assert all(rows[m]['seconds'] == pytest.approx(sum(run['seconds'] for run in rows[m]['runs'])/2) for m in list(rows)[1:])
+        assert list(rows) == ['teacher', *methods]
+        for row in list(rows.values())[1:]:
+            mean = lambda k: sum(run[k] for run in row['runs'])/len(row['runs'])
+            assert row['seconds_per_epoch'] > 0 and len(row['runs']) == 2
+            assert row['accuracy'] == pytest.approx(mean('accuracy'))
+            assert row['seconds'] == pytest.approx(mean('seconds'))
         assert set(rows['dkd']['chosen']) == {'temperature', 'alpha', 'beta'} and 'difference' in rows['dkd']
-        assert [sum(t['method'] == m for t in result['tries'][setting]) for m in ('alone', 'dkd', 'self')] == [4, 4, 4]
-    assert 'With few labels, dkd (T=' in capsys.readouterr().out
+        tries = [t['method'] for t in result['tries'][setting]]
+        assert {m: tries.count(m) for m in methods} == dict.fromkeys(methods, 4)
+    said = capsys.readouterr().out
+    for setting in settings: assert f"With {setting.replace('_', ' ')}, dkd (T=" in said
 
 
+@pytest.mark.slow
 def test_a_setting_that_diverged_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(METHODS, 'relational', METHODS['relational']._replace(grid=({'weight': 1e38}, {'weight': 0.01})))
+    relational = METHODS['relational']._replace(grid=({'weight': 1e38}, {'weight': 0.01}))
+    monkeypatch.setitem(METHODS, 'relational', relational)
     assert command(*QUICK[:-4], '--labels', 0, '--method', 'relational', '--out', tmp_path/'run') == 0
     said = capsys.readouterr().out
     assert 'relational: weight=1e+38 diverged' in said and 'relational: weight=0.01 (chosen' in said
-    assert [t['valid_accuracy'] is None for t in json.loads((tmp_path/'run'/'result.json').read_text())['tries']['all_labels']] == [True, False]
+    tries = json.loads((tmp_path/'run'/'result.json').read_text())['tries']['all_labels']
+    assert [t['valid_accuracy'] is None for t in tries] == [True, False]
 
 
+@pytest.mark.slow
 def test_what_was_given_is_not_said_to_be_chosen(tmp_path, capsys):
     assert command(*QUICK, '--labels', 0, '--method', 'kd,hint', '--out', tmp_path/'run') == 0
     said = capsys.readouterr().out
-    assert 'all labels, kd: T=4, alpha=0.9 (given)' in said and 'T=4, alpha=0.9 (chosen on the validation split)' in said.split('all labels, hint: weight=')[1]
+    assert 'all labels, kd: T=4, alpha=0.9 (given)' in said
+    assert 'T=4, alpha=0.9 (chosen on the validation split)' in said.split('all labels, hint: weight=')[1]
     assert 'Settings of hint were chosen on the validation split.' in (tmp_path/'run'/'report.html').read_text()
 
 
+@pytest.mark.slow
 def test_a_single_other_method(tmp_path):
     assert command(*QUICK, '--labels', 0, '--method', 'kd_std', '--out', tmp_path/'run') == 0
     result = json.loads((tmp_path/'run'/'result.json').read_text())
-    assert [r['model'] for r in result['rows']] == ['teacher', 'alone', 'kd_std'] and result['rows'][2]['chosen'] == {'temperature': 4.0, 'alpha': 0.9} and not any(result['tries'].values())
+    assert [r['model'] for r in result['rows']] == ['teacher', 'alone', 'kd_std']
+    assert result['rows'][2]['chosen'] == {'temperature': 4.0, 'alpha': 0.9} and not any(result['tries'].values())
 
 
+@pytest.mark.slow
 def test_answers_that_cannot_be_kept_are_said_in_a_line(tmp_path, monkeypatch, capsys):
     from distill_nb import cache
     def full(*_): raise OSError(28, 'No space left on device')
@@ -258,16 +301,35 @@ def bad_files(tmp_path_factory):
 
 
 @pytest.mark.parametrize('argv,said', [
-    (['--temperature', '0'], 'temperature'), (['--temperature', '-3'], 'temperature'), (['--temperature', 'warm'], 'temperature'), (['--alpha', '1.5'], 'alpha'), (['--alpha', '-1'], 'alpha'),
-    (['--epochs', '0'], 'epochs'), (['--teacher_epochs', '-1'], 'teacher_epochs'), (['--teacher_epochs', 'nan'], 'teacher_epochs'), (['--seeds', '0'], 'seeds'), (['--batch_size', '0'], 'batch_size'), (['--lr', 'nan'], 'lr'), (['--size', '0'], 'size'),
-    (['--labels', '-1'], 'labels'), (['--labels', '5000'], 'labels'), (['--labels', '3'], '10 classes'), (['--data', 'digit'], 'digits'), (['--data', 'folder:/nowhere'], '/nowhere'), (['--data', 'folder:EMPTY'], 'empty'),
-    (['--data', 'folder:ONE'], 'class'), (['--data', 'folder:DAMAGED'], '0.png'), (['--teacher', 'resnet57'], 'resnet56'), (['--student', 'torchvision:resnet19'], 'resnet18'), (['--student', ''], "no model ''"), (['--teacher', ''], "no model ''"),
-    (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'), (['--teacher_weights', 'BAD/damaged.safetensors'], 'damaged'), (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
-    (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'), (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'), (['--temperature', '1e300'], 'temperature'), (['--batch_size', '1000000000000'], 'batch_size'), (['--precision', 'float16', '--device', 'cpu'], 'float16'),
-    (['--method', 'magic'], 'born_again'), (['--method', 'alone'], 'method'), (['--method', 'self', '--temperature', '2'], 'temperature must be left out for self'), (['--method', 'kd,kd'], 'method'), (['--method', 'kd,self', '--cache', '1'], 'method self'), (['--method', 'dkd,dist', '--cache', 'live,2'], 'cache'), (['--cache', '0'], 'cache'), (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'), (['--cache', ''], 'cache'),
-    (['--teacher_weights', 'BAD/nan.safetensors'], 'not finite'), (['--teacher_weights', 'BAD/foreign.safetensors'], 'foreign.safetensors'), (['--out', 'BAD/other'], 'holds no run')])
+    (['--temperature', '0'], 'temperature'), (['--temperature', '-3'], 'temperature'),
+    (['--temperature', 'warm'], 'temperature'), (['--alpha', '1.5'], 'alpha'), (['--alpha', '-1'], 'alpha'),
+    (['--epochs', '0'], 'epochs'), (['--teacher_epochs', '-1'], 'teacher_epochs'),
+    (['--teacher_epochs', 'nan'], 'teacher_epochs'), (['--seeds', '0'], 'seeds'),
+    (['--batch_size', '0'], 'batch_size'), (['--lr', 'nan'], 'lr'), (['--size', '0'], 'size'),
+    (['--labels', '-1'], 'labels'), (['--labels', '5000'], 'labels'), (['--labels', '3'], '10 classes'),
+    (['--data', 'digit'], 'digits'), (['--data', 'folder:/nowhere'], '/nowhere'), (['--data', 'folder:EMPTY'], 'empty'),
+    (['--data', 'folder:ONE'], 'class'), (['--data', 'folder:DAMAGED'], '0.png'),
+    (['--teacher', 'resnet57'], 'resnet56'), (['--student', 'torchvision:resnet19'], 'resnet18'),
+    (['--student', ''], "no model ''"), (['--teacher', ''], "no model ''"),
+    (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'),
+    (['--teacher_weights', 'BAD/damaged.safetensors'], 'damaged'),
+    (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
+    (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'),
+    (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'),
+    (['--temperature', '1e300'], 'temperature'), (['--batch_size', '1000000000000'], 'batch_size'),
+    (['--precision', 'float16', '--device', 'cpu'], 'float16'),
+    (['--method', 'magic'], 'born_again'), (['--method', 'alone'], 'method'),
+    (['--method', 'self', '--temperature', '2'], 'temperature must be left out for self'),
+    (['--method', 'kd,kd'], 'method'), (['--method', 'kd,self', '--cache', '1'], 'method self'),
+    (['--method', 'dkd,dist', '--cache', 'live,2'], 'cache'), (['--cache', '0'], 'cache'),
+    (['--cache', '10'], '1 to 9'), (['--cache', 'some'], 'cache'), (['--cache', '2,2'], 'cache'),
+    (['--cache', ''], 'cache'),
+    (['--teacher_weights', 'BAD/nan.safetensors'], 'not finite'),
+    (['--teacher_weights', 'BAD/foreign.safetensors'], 'foreign.safetensors'),
+    (['--out', 'BAD/other'], 'holds no run')])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_path, capsys):
-    places = {'BAD': str(bad_files), 'DAMAGED': str(bad_files/'damaged_photos'), 'ONE': str(bad_files/'one_class'), 'EMPTY': str(bad_files/'empty')}
+    places = {'BAD': str(bad_files), 'DAMAGED': str(bad_files/'damaged_photos'), 'ONE': str(bad_files/'one_class'),
+              'EMPTY': str(bad_files/'empty')}
     argv = [next((a.replace(k, v) for k, v in places.items() if k in a), a) for a in argv]
     out = tmp_path/'run'
     before = sorted(p.name for p in (bad_files/'other').iterdir())
@@ -278,32 +340,41 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad_files, tmp_pat
     assert not out.exists() and sorted(p.name for p in (bad_files/'other').iterdir()) == before
 
 
-@pytest.mark.parametrize('bad', [dict(data=3), dict(data=None), dict(teacher=torch.nn.Linear(2, 2)), dict(labels='100'), dict(labels=True), dict(labels=10.), dict(alpha='0.5'), dict(temperature='4'),
-                                 dict(epochs=[1]), dict(lr='0.1'), dict(seeds=None), dict(method=['kd', 'dist']), dict(cache=8), dict(skip_damaged='no'), dict(resume=None), dict(out=3)])
+@pytest.mark.parametrize('bad', [
+    dict(data=3), dict(data=None), dict(teacher=torch.nn.Linear(2, 2)), dict(labels='100'), dict(labels=True),
+    dict(labels=10.), dict(alpha='0.5'), dict(temperature='4'), dict(epochs=[1]), dict(lr='0.1'), dict(seeds=None),
+    dict(method=['kd', 'dist']), dict(cache=8), dict(skip_damaged='no'), dict(resume=None), dict(out=3)])
 def test_from_python_an_option_of_another_type_is_refused(bad, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (name, value), = bad.items()
-    with pytest.raises(ValueError, match=f'^{name} must be (text|a whole number|a number|True or False), but is '): distill_nb(**bad)
+    said = f'^{name} must be (text|a whole number|a number|True or False), but is '
+    with pytest.raises(ValueError, match=said): distill_nb(**bad)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('method', ['hint', 'attention', 'byot', 'data_free'])
-def test_a_method_that_the_networks_cannot_have_is_refused_before_the_teacher_is_trained(method, tmp_path, monkeypatch, capsys):
-    def plain(name, classes, channels, size): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels*size*size, classes))
+def test_a_method_that_the_networks_cannot_have_is_refused_early(method, tmp_path, monkeypatch, capsys):
+    "Before the teacher is trained."
+    def plain(name, classes, channels, size):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels*size*size, classes))
     monkeypatch.setattr(run, 'build_model', plain)
     assert command(*QUICK[:-4], '--method', f'kd,{method}', '--out', tmp_path/'run') == 2
     err = capsys.readouterr().err
-    assert err.startswith(f'distill_nb: method {method} does not work here: ') and err.count('\n') == 1 and not (tmp_path/'run').exists()
+    assert err.startswith(f'distill_nb: method {method} does not work here: ') and err.count('\n') == 1
+    assert not (tmp_path/'run').exists()
 
 
+@pytest.mark.slow
 def test_a_list_with_other_spaces_is_the_same_run(tmp_path, capsys):
-    run = lambda methods, *more: command('--epochs', 1, '--teacher_epochs', 4, '--seeds', 1, '--method', methods, '--temperature', 4, '--alpha', 0.9, '--labels', 0, '--out', tmp_path/'run', *more)
+    argv = ['--epochs', 1, '--teacher_epochs', 4, '--seeds', 1, '--temperature', 4, '--alpha', 0.9, '--labels', 0]
+    def run(methods, *more): return command(*argv, '--method', methods, '--out', tmp_path/'run', *more)
     assert run('kd,kd_std') == 0 and run('kd, kd_std', '--resume') == 0
     assert run('kd_std,kd', '--resume') == 2 and "method was 'kd,kd_std' and is 'kd_std,kd'" in capsys.readouterr().err
 
 
 def test_damaged_images_can_be_skipped(bad_files, tmp_path, capsys):
-    assert command('--data', f"folder:{bad_files/'damaged_photos'}", '--skip_damaged', *QUICK, '--teacher', 'digit_teacher', '--student', 'digit_student', '--labels', 0, '--out', tmp_path/'run') == 0
+    argv = ['--data', f"folder:{bad_files/'damaged_photos'}", '--skip_damaged', *QUICK, *DIGIT_PAIR, '--labels', 0]
+    assert command(*argv, '--out', tmp_path/'run') == 0
     assert '0.png' in capsys.readouterr().err
 
 
@@ -344,11 +415,11 @@ def test_a_disk_that_fills_later_keeps_what_was_finished(tmp_path, monkeypatch, 
         if len(calls) > 3: raise OSError(28, 'No space left on device')
         sync(fd)
     monkeypatch.setattr(os, 'fsync', fills)
-    assert command(*QUICK, '--out', tmp_path/'run') == 2
+    assert command(*QUICK, '--labels', 0, '--out', tmp_path/'run') == 2
     assert 'No space left' in capsys.readouterr().err
     assert list((tmp_path/'run').rglob('checkpoint.safetensors')) and not list((tmp_path/'run').rglob('*.tmp'))
     monkeypatch.setattr(os, 'fsync', sync)
-    assert command(*QUICK, '--out', tmp_path/'run', '--resume') == 0
+    assert command(*QUICK, '--labels', 0, '--out', tmp_path/'run', '--resume') == 0
 
 
 def test_missing_weights_and_data_without_a_network_are_explained(tmp_path, monkeypatch, capsys):
@@ -359,8 +430,11 @@ def test_missing_weights_and_data_without_a_network_are_explained(tmp_path, monk
     assert command('--data', 'cifar10', '--root', tmp_path/'data', '--out', tmp_path/'run') == 2
     err = capsys.readouterr().err
     assert 'https://' in err and str(tmp_path/'data') in err and err.count('\n') == 1
-    assert command('--teacher', 'torchvision:resnet18', '--teacher_weights', 'imagenet', '--data', f"folder:{photos(tmp_path/'photos')}", '--out', tmp_path/'run') == 2
-    [line] = [l for l in capsys.readouterr().err.splitlines() if not l.startswith('Downloading: ')]  # old versions of torch say that here
+    pretrained = ['--teacher', 'torchvision:resnet18', '--teacher_weights', 'imagenet']
+    folder = photos(tmp_path/'photos')
+    assert command(*pretrained, '--data', f'folder:{folder}', '--out', tmp_path/'run') == 2
+    err = capsys.readouterr().err.splitlines()
+    [line] = [l for l in err if not l.startswith('Downloading: ')]  # old versions of torch say that here
     assert 'https://download.pytorch.org' in line and 'checkpoints' in line
     assert not (tmp_path/'run').exists()
 
@@ -375,8 +449,18 @@ def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
 def test_python_m_is_the_command():
     p = subprocess.run([sys.executable, '-m', 'distill_nb', '--help'], capture_output=True, text=True)
     assert p.returncode == 0
-    for option in ('data', 'teacher', 'student', 'teacher_weights', 'size', 'labels', 'temperature', 'alpha', 'epochs', 'seeds', 'out', 'resume', 'device', 'precision'):
+    for option in ('data', 'teacher', 'student', 'teacher_weights', 'size', 'labels', 'temperature', 'alpha', 'epochs',
+                   'seeds', 'out', 'resume', 'device', 'precision'):
         assert f'--{option}' in p.stdout
+
+
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_bench])
+def test_help_fits_a_page(job, monkeypatch, capsys):
+    "Also where the terminal is wider: the page of the commands shows it."
+    monkeypatch.setenv('COLUMNS', '200')
+    with pytest.raises(SystemExit) as end: run_command(job, ['--help'])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and '--out' in said and [line for line in said.splitlines() if len(line) > 85] == []
 
 
 # --- small parts
@@ -397,11 +481,13 @@ def test_imagenet_weights_are_loaded_as_in_python(tmp_path, monkeypatch, capsys)
         grey = pretrained_model(name, 10, 1, 96).state_dict()
         assert torch.equal(grey['conv1.weight'], old['conv1.weight'].sum(1, keepdim=True))
         assert all(torch.equal(grey[k], t) for k, t in old.items() if k.split('.')[0] not in ('conv1', 'fc'))
-        assert f'ImageNet weights of {name}; the head (fc) is new; the stem (conv1) sums its three colours\n' in capsys.readouterr().out
+        said = f'ImageNet weights of {name}; the head (fc) is new; the stem (conv1) sums its three colours\n'
+        assert said in capsys.readouterr().out
     ours = resnet18(classes=10, channels=1, weights='IMAGENET1K_V1').state_dict()
     assert all(torch.equal(grey[k], ours[k]) for k in ours if not k.startswith('fc.'))
     for shape in ((3, 32), (4, 96)):
-        with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be .* give that as size'): pretrained_model('resnet18', 10, *shape)
+        with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be .* give that as size'):
+            pretrained_model('resnet18', 10, *shape)
 
 
 def test_each_set_of_imagenet_weights_has_its_own_normalisation():
@@ -411,34 +497,41 @@ def test_each_set_of_imagenet_weights_has_its_own_normalisation():
     assert imagenet_normalisation('torchvision:efficientnet_v2_l', 3) == ((0.5,) * 3, (0.5,) * 3)
     assert imagenet_normalisation('resnet18', 1) == ((pytest.approx(0.449),), (pytest.approx(0.226),))
     x = torch.rand(2, 3, 8, 8)
-    channels = lambda name: [torch.tensor(v).view(-1, 1, 1) for v in (usual if name == 'usual' else imagenet_normalisation(name, 3))]
-    (m, s), (mean, std) = channels('usual'), channels('torchvision:googlenet')
-    inside = GoogLeNet._transform_input(type('Net', (), {'transform_input': True}), (x - m) / s)  # what torchvision's network does first
+    channels = lambda values: [torch.tensor(v).view(-1, 1, 1) for v in values]
+    (m, s), (mean, std) = channels(usual), channels(imagenet_normalisation('torchvision:googlenet', 3))
+    net = type('Net', (), {'transform_input': True})
+    inside = GoogLeNet._transform_input(net, (x - m) / s)  # what torchvision's network does first
     assert torch.allclose((x - mean) / std, inside, atol=1e-6)
 
 
 def test_a_teacher_from_imagenet_weights_sees_images_as_these_want_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, 'imagenet_weights', lambda name, _: build_model('torchvision:squeezenet1_1', 1000, 3, 32).state_dict())
+    weights = lambda name, _: build_model('torchvision:squeezenet1_1', 1000, 3, 32).state_dict()
+    monkeypatch.setattr(zoo, 'imagenet_weights', weights)
     for channels, mean in ((1, 0.449), (3, 0.485)):
         x = torch.randint(0, 256, (20, channels, 32, 32), dtype=torch.uint8)
-        _, trained, (found, _) = make_teacher('torchvision:squeezenet1_1', 'imagenet', ImageData(x, torch.arange(20) % 2, ['a', 'b']))
+        data = ImageData(x, torch.arange(20) % 2, ['a', 'b'])
+        _, trained, (found, _) = make_teacher('torchvision:squeezenet1_1', 'imagenet', data)
         assert not trained and found[0] == pytest.approx(mean) and len(found) == channels
 
 
 def test_weights_name_their_classes_and_another_order_is_no_matter(tmp_path, capsys):
     first, renamed = photos(tmp_path/'first'), photos(tmp_path/'second', classes=('cat', 'dog', 'owl'))
-    argv = ['--teacher', 'digit_teacher', '--student', 'digit_student', '--epochs', 4, '--seeds', 1, '--labels', 0, '--temperature', 4, '--alpha', 0.9, '--lr', 0.02, '--batch_size', 8]
+    argv = [*DIGIT_PAIR, '--epochs', 4, '--seeds', 1, '--labels', 0, '--temperature', 4, '--alpha', 0.9, '--lr', 0.02,
+            '--batch_size', 8]
     assert command('--data', f'folder:{first}', *argv, '--out', tmp_path/'run') == 0
     files = [tmp_path/'run'/f'{who}.safetensors' for who in ('teacher', 'student')]
     assert all(json.loads(read_weights(f)[1]['classes']) == ['cat', 'dog', 'owl'] for f in files)
     train = load_data(f'folder:{first}').train
-    x, right = train.get(torch.arange(len(train))).x, [make_teacher('digit_teacher', str(files[0]), d)[0].eval() for d in (train, ImageData(train.x, train.y, ['owl', 'cat', 'dog']))]
+    turned = ImageData(train.x, train.y, ['owl', 'cat', 'dog'])
+    x = train.get(torch.arange(len(train))).x
+    right = [make_teacher('digit_teacher', str(files[0]), data)[0].eval() for data in (train, turned)]
     assert 'names the classes in another order than the data' in capsys.readouterr().out
     with torch.no_grad(): assert torch.allclose(right[1](x), right[0](x)[:, [2, 0, 1]], atol=1e-5)
     for split in ('train', 'test'): (renamed/split/'dog').rename(renamed/split/'hound')
     assert command('--data', f'folder:{renamed}', *argv, '--teacher_weights', files[0], '--out', tmp_path/'other') == 2
     err = capsys.readouterr().err
-    assert "only the file has 'dog'; only the data have 'hound'" in err and err.count('\n') == 1 and not (tmp_path/'other').exists()
+    assert "only the file has 'dog'; only the data have 'hound'" in err and err.count('\n') == 1
+    assert not (tmp_path/'other').exists()
 
 
 def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):
@@ -452,11 +545,14 @@ def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):
 def test_the_command_line_makes_the_run_again():
     import inspect
     options = {k: p.default for k, p in inspect.signature(distill_nb).parameters.items()}
-    assert command_line(options, Path('r')) == 'distill_nb --out r'
-    assert command_line(options | {'data': 'folder:my photos', 'skip_damaged': True, 'resume': True}, Path('r')) == "distill_nb --data 'folder:my photos' --skip_damaged --out r"
+    assert command_line(distill_nb, options, out='r') == 'distill_nb --out r'
+    given = options | {'data': 'folder:my photos', 'skip_damaged': True, 'resume': True}
+    assert command_line(distill_nb, given, out='r') == "distill_nb --data 'folder:my photos' --skip_damaged --out r"
 
 
-@pytest.mark.parametrize('ci,said', [([0.01, 0.02], 'helped'), ([-0.01, 0.02], 'no effect'), ([-0.02, -0.01], 'hurt'), (None, 'one seed')])
+@pytest.mark.parametrize('ci,said', [([0.01, 0.02], 'helped'), ([-0.01, 0.02], 'no effect'),
+                                     ([-0.02, -0.01], 'hurt'), (None, 'one seed')])
 def test_verdicts_read_the_interval(ci, said):
-    row = {'setting': 'few_labels', 'model': 'distilled', 'difference': 0.01, 'difference_ci95': ci, 'chosen': {'temperature': 4., 'alpha': 0.9}}
+    row = {'setting': 'few_labels', 'model': 'distilled', 'method': 'kd', 'difference': 0.01, 'difference_ci95': ci,
+           'chosen': {'temperature': 4., 'alpha': 0.9}}
     assert said in verdicts([row])[0]

@@ -13,8 +13,9 @@ from distill_nb.models import digit_student, digit_teacher
 from distill_nb.training import DivergedError, Recipe, Supervised, fit
 from distill_nb.compare import compare
 from distill_nb.cache import CachedTeacher
+from distill_nb.self_distillation import Generations
 from distill_nb.zoo import build_model
-from distill_nb.methods import METHODS, Task, choose, contender, grid, rehearse
+from distill_nb.methods import METHODS, Task, choose_setting, contender, rehearse
 
 RECIPE = Recipe(steps=6, batch_size=32, optimizer='adamw', lr=0.02, precision='float32')
 
@@ -40,9 +41,9 @@ def test_every_method_trains_the_student_and_leaves_the_teacher(name, task):
     torch.manual_seed(1)
     student = digit_student()
     fresh = fingerprint(student.state_dict())
-    task = task._replace(recipe=replace(RECIPE, steps=80))  # the born-again student is taught by one that was trained by it
-    objective, data, *own = contender(name, task, **METHODS[name].grid[0])(student)
-    history = fit(objective, data, replace(own[0] if own else RECIPE, steps=6), valid)
+    task = task._replace(recipe=replace(RECIPE, steps=80))  # by which the teacher of the born-again student is trained
+    way = contender(name, task, **METHODS[name].grid[0])
+    history = fit(way.objective(student), way.data, replace(way.recipe or RECIPE, steps=6), valid)
     assert fingerprint(student.state_dict()) != fresh and fingerprint(task.teacher.model.state_dict()) == before
     assert all(torch.tensor(v).isfinite().all() for v in history.losses.values())
 
@@ -53,9 +54,10 @@ def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_pa
     def run(folder, resume=False, stop=None):
         torch.manual_seed(1)
         student = digit_student()
-        objective, data, *own = contender(name, task, **METHODS[name].grid[0])(student)
-        calls = interrupt(objective, stop)
-        fit(objective, data, replace(own[0] if own else RECIPE, steps=110, batch_size=16, precision='bfloat16'), None, folder, resume, save_every=0)
+        way = contender(name, task, **METHODS[name].grid[0])
+        calls = interrupt(objective := way.objective(student), stop)
+        recipe = replace(way.recipe or RECIPE, steps=110, batch_size=16, precision='bfloat16')
+        fit(objective, way.data, recipe, None, folder, resume, save_every=0)
         return fingerprint(student.state_dict()), len(calls)
     whole, steps = run(tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', stop=105)
@@ -65,7 +67,7 @@ def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_pa
 
 def test_methods_see_the_images_that_they_may(task):
     for name in METHODS:
-        _, data, *_ = contender(name, task, **METHODS[name].grid[0])(digit_student())
+        data = contender(name, task, **METHODS[name].grid[0]).data
         labels = (data.y != UNLABELLED).sum()
         if name in ('alone', 'byot'): assert len(data) == labels == 100
         elif name == 'data_free': assert labels == 0
@@ -77,8 +79,9 @@ def test_without_data_no_image_is_read(task):
     class Closed:
         size, channels, mean, std, classes = 8, 1, [0.5], [0.25], list('0123456789')
         def __getattr__(self, name): raise AssertionError(f'{name} was read')
-    objective, data, recipe = contender('data_free', task._replace(labelled=Closed(), transfer=Closed()), balance=5.)(digit_student())
-    fit(objective, data, replace(recipe, steps=2))
+    closed = task._replace(labelled=Closed(), transfer=Closed())
+    way = contender('data_free', closed, balance=5.)
+    fit(way.objective(digit_student()), way.data, replace(way.recipe, steps=2))
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -95,19 +98,22 @@ def test_a_rehearsal_changes_nothing_that_comes_later(name, task):
 
 def test_the_choice_is_the_best_on_the_validation_split(task):
     valid = digits().valid
-    settings = grid(temperature=(4., 4.), alpha=(0., 0.9))
-    best, tries = choose('kd', task, valid, settings)
-    assert [t['method'] for t in tries] == ['kd', 'kd'] and [{k: t[k] for k in s} for t, s in zip(tries, settings)] == list(settings)
+    settings = [dict(temperature=4., alpha=0.), dict(temperature=4., alpha=0.9)]
+    best, tries = choose_setting('kd', task, valid, settings)
+    assert [t['method'] for t in tries] == ['kd', 'kd']
+    assert [{k: t[k] for k in s} for t, s in zip(tries, settings)] == settings
     assert best == settings[max(range(2), key=lambda i: tries[i]['valid_accuracy'])]
-    assert choose('kd', task, valid, settings[:1]) == (settings[0], [])
+    assert choose_setting('kd', task, valid, settings[:1]) == (settings[0], [])
 
 
 def test_a_setting_that_diverges_is_a_try_that_failed(task, tmp_path):
-    valid = digits().valid
-    best, tries = choose('relational', task, valid, grid(weight=(1e38, 0.01)), tmp_path)
-    assert best == {'weight': 0.01} and tries[0] == {'method': 'relational', 'weight': 1e38, 'valid_accuracy': None} and tries[1]['valid_accuracy'] > 0
-    assert choose('relational', task, valid, grid(weight=(1e38, 0.01)), tmp_path) == (best, tries)
-    with pytest.raises(DivergedError, match='every setting of relational diverged'): choose('relational', task, valid, grid(weight=(1e38, 2e38)))
+    valid, settings = digits().valid, [dict(weight=1e38), dict(weight=0.01)]
+    best, tries = choose_setting('relational', task, valid, settings, folder=tmp_path)
+    assert best == {'weight': 0.01} and tries[1]['valid_accuracy'] > 0
+    assert tries[0] == {'method': 'relational', 'weight': 1e38, 'valid_accuracy': None}
+    assert choose_setting('relational', task, valid, settings, folder=tmp_path) == (best, tries)
+    with pytest.raises(DivergedError, match='every setting of relational diverged'):
+        choose_setting('relational', task, valid, [dict(weight=1e38), dict(weight=2e38)])
 
 
 def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
@@ -117,11 +123,12 @@ def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
         return run(self)
     run = training._Run.run
     monkeypatch.setattr(training._Run, 'run', counted)
+    stored = task._replace(folder=tmp_path, recipe=replace(RECIPE, steps=80))
     def again():
         torch.manual_seed(1)
         student = digit_student()
-        objective, data = contender('born_again', task._replace(folder=tmp_path, recipe=replace(RECIPE, steps=80)), temperature=4., alpha=0.5)(student)
-        fit(objective, data, RECIPE)
+        way = contender('born_again', stored, temperature=4., alpha=0.5)
+        fit(way.objective(student), way.data, RECIPE)
         return fingerprint(student.state_dict())
     first = again()
     assert again() == first and trained == [0, 80]
@@ -131,70 +138,83 @@ def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
 
 def test_the_earlier_student_has_initial_weights_and_a_seed_of_its_own(task, monkeypatch):
     seeds = []
-    monkeypatch.setattr(methods, 'fit', lambda objective, data, recipe, **_: seeds.append(recipe.seed))
+    def trained(make_student, data, recipe, **_):
+        seeds.append(recipe.seed)
+        return Generations([make_student()])
+    monkeypatch.setattr(methods, 'born_again', trained)
     def start(seed):
         torch.manual_seed(seed)
         student = digit_student()
         state = torch.get_rng_state()
-        objective, _ = contender('born_again', task, temperature=4., alpha=0.5)(student)
+        objective = contender('born_again', task, temperature=4., alpha=0.5).objective(student)
         assert torch.equal(torch.get_rng_state(), state)
         return fingerprint(student.state_dict()), fingerprint(objective.teacher.model.state_dict())
     (a, earlier_a), (b, earlier_b) = start(1), start(2)
-    assert len({a, b, earlier_a, earlier_b}) == 4 and start(1) == (a, earlier_a) and seeds[0] == seeds[2] != seeds[1] != RECIPE.seed
+    assert len({a, b, earlier_a, earlier_b}) == 4 and start(1) == (a, earlier_a)
+    assert seeds[0] == seeds[2] != seeds[1] != RECIPE.seed
 
 
 def test_a_student_that_always_begins_with_the_same_weights_has_an_earlier_one_for_each_seed(task, tmp_path):
     first = digit_student()
     again = task._replace(make_student=lambda: copy.deepcopy(first), folder=tmp_path, recipe=replace(RECIPE, steps=40))
-    for _ in range(2): compare(again.make_student, {'born_again': contender('born_again', again, temperature=4., alpha=0.5)}, again.recipe, digits().valid, seeds=2, folder=tmp_path)
+    way = {'born_again': contender('born_again', again, temperature=4., alpha=0.5)}
+    for _ in range(2):
+        compare(again.make_student, way, again.recipe, digits().valid, seeds=2, folder=tmp_path)
     assert len(list(tmp_path.glob('earlier-*'))) == 2
 
 
 def test_an_earlier_student_that_diverges_is_named(task):
-    wild = contender('born_again', task._replace(recipe=replace(RECIPE, optimizer='sgd', lr=1e30)), temperature=4., alpha=0.5)
-    with pytest.raises(DivergedError, match='^again, seed 7: '): compare(digit_student, {'again': wild}, RECIPE, digits().valid, seeds=[7])
+    fast = task._replace(recipe=replace(RECIPE, optimizer='sgd', lr=1e30))
+    wild = {'again': contender('born_again', fast, temperature=4., alpha=0.5)}
+    with pytest.raises(DivergedError, match='^again, seed 7: '):
+        compare(digit_student, wild, RECIPE, digits().valid, seeds=[7])
 
 
 def test_an_earlier_student_may_be_no_better_than_chance(task):
     weak = task._replace(recipe=replace(RECIPE, steps=1, lr=1e-9))
-    found = compare(digit_student, {'born_again': contender('born_again', weak, temperature=4., alpha=0.5)}, RECIPE, digits().valid, seeds=1)
+    way = {'born_again': contender('born_again', weak, temperature=4., alpha=0.5)}
+    found = compare(digit_student, way, RECIPE, digits().valid, seeds=1)
     assert found.runs[0]['valid_accuracy'] > 0
 
 
 def test_the_earlier_student_is_trained_on_the_device_of_the_task_and_rehearsed_on_the_cpu(task, monkeypatch):
     devices = []
-    monkeypatch.setattr(methods, 'fit', lambda *_, device, **__: devices.append(device))
-    contender('born_again', task._replace(device='cuda:1'), temperature=4., alpha=0.5)(digit_student())
+    def trained(make_student, *_, device, **__):
+        devices.append(device)
+        return Generations([make_student()])
+    monkeypatch.setattr(methods, 'born_again', trained)
+    way = contender('born_again', task._replace(device='cuda:1'), temperature=4., alpha=0.5)
+    way.objective(digit_student())
     rehearse('born_again', task._replace(device='cuda:1'))
     assert devices == ['cuda:1', 'cpu']
 
 
-@pytest.mark.parametrize('bad', [dict(temperature=-2., alpha=0.5), dict(temperature='4', alpha=0.5), dict(temperature=4.), dict(temperature=4., alpha=0.5, weight=1.)])
+@pytest.mark.parametrize('bad', [dict(temperature=-2., alpha=0.5), dict(temperature='4', alpha=0.5),
+                                 dict(temperature=4.), dict(temperature=4., alpha=0.5, weight=1.)])
 def test_a_setting_that_makes_no_sense_is_refused_before_the_others_are_tried(task, bad, monkeypatch):
-    monkeypatch.setattr(methods, 'try_each', lambda *_, **__: pytest.fail('something was trained'))
+    monkeypatch.setattr(methods, 'choose', lambda *_, **__: pytest.fail('something was trained'))
     for settings in ([dict(temperature=4., alpha=0.5), bad], [bad]):
-        with pytest.raises(ValueError, match='kd'): choose('kd', task, digits().valid, settings)
-    for refused in (lambda: contender('kd', task), lambda: choose('kd', task, digits().valid, [{}])):
+        with pytest.raises(ValueError, match='kd'): choose_setting('kd', task, digits().valid, settings)
+    for refused in (lambda: contender('kd', task), lambda: choose_setting('kd', task, digits().valid, [{}])):
         with pytest.raises(ValueError, match='setting of kd must name temperature, alpha, but names nothing'): refused()
 
 
 def test_no_choice_is_made_on_the_test_split(task):
-    with pytest.raises(ValueError, match='test must be left out'): choose('kd', task, digits().valid, test=digits().test)
+    with pytest.raises(ValueError, match='test must be left out'):
+        choose_setting('kd', task, digits().valid, test=digits().test)
 
 
 @pytest.mark.parametrize('name', ['alone', 'kd', 'hint', 'self'])
 def test_a_student_for_other_images_is_refused_in_rehearsal(name, task):
-    with pytest.raises(ValueError, match=f'method {name} does not work here'): rehearse(name, task._replace(make_student=lambda: build_model('digit_student', 10, 3, 8)))
+    colours = task._replace(make_student=lambda: build_model('digit_student', 10, 3, 8))
+    with pytest.raises(ValueError, match=f'method {name} does not work here'): rehearse(name, colours)
 
 
 def test_feature_methods_take_another_temperature_and_alpha(task):
-    objective, _ = contender('hint', task, weight=1., temperature=2., alpha=0.5)(digit_student())
-    usual, _ = contender('hint', task, weight=1.)(digit_student())
-    assert (objective.loss.temperature, objective.loss.alpha, usual.loss.temperature, usual.loss.alpha) == (2., 0.5, 4., 0.9)
-
-
-def test_contenders_with_data_of_their_own_need_the_steps(task):
-    with pytest.raises(ValueError, match='steps'): compare(digit_student, {'alone': contender('alone', task, label_smoothing=0.)}, Recipe(epochs=1), digits().valid, seeds=1)
+    objective = contender('hint', task, weight=1., temperature=2., alpha=0.5).objective(digit_student())
+    usual = contender('hint', task, weight=1.).objective(digit_student())
+    assert (objective.loss.temperature, objective.loss.alpha) == (2., 0.5)
+    assert (usual.loss.temperature, usual.loss.alpha) == (4., 0.9)
 
 
 def test_a_teacher_that_wraps_a_model_is_asked_as_a_whole(task):
@@ -204,14 +224,16 @@ def test_a_teacher_that_wraps_a_model_is_asked_as_a_whole(task):
             self.model = model
         def forward(self, x): return self.model(2*x)
     wrapped = Wrapped(task.teacher.model)
-    objective, _, _ = contender('data_free', task._replace(teacher=wrapped), balance=5.)(digit_student())
+    objective = contender('data_free', task._replace(teacher=wrapped), balance=5.).objective(digit_student())
     assert objective.teacher.model is wrapped
 
 
 def test_settings_that_cannot_be_told_apart_and_unknown_methods_are_refused(task):
-    for settings in ([dict(temperature=1., alpha=0.5)]*2, [dict(temperature=4, alpha=0.5), dict(alpha=0.5, temperature=4.)], [], [(2., 0.5)], dict(temperature=2., alpha=0.5)):
-        with pytest.raises(ValueError, match='different'): choose('kd', task, digits().valid, settings)
-    with pytest.raises(ValueError, match='born_again'): choose('magic', task, digits().valid)
+    twice = [dict(temperature=1., alpha=0.5)]*2
+    same = [dict(temperature=4, alpha=0.5), dict(alpha=0.5, temperature=4.)]
+    for settings in (twice, same, [], [(2., 0.5)], dict(temperature=2., alpha=0.5)):
+        with pytest.raises(ValueError, match='different'): choose_setting('kd', task, digits().valid, settings)
+    with pytest.raises(ValueError, match='born_again'): choose_setting('magic', task, digits().valid)
 
 
 def test_an_unknown_method_is_named(task):

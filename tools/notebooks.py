@@ -1,18 +1,22 @@
 """Runs the notebooks, keeps their outputs as new as their code, and fills in what settings.ini and references.bib give.
 
-    python -m tools.notebooks run [NOTEBOOK ...]    run top to bottom, store outputs, slow cells included (--flags 'slow gpu')
+    python -m tools.notebooks run [NOTEBOOK ...]    run top to bottom, store outputs, slow cells too (--flags slow)
     python -m tools.notebooks check                 fail where stored outputs are older than the code
+    python -m tools.notebooks form [NOTEBOOK ...]   fail where lines or cells are too long, or links would be raw
     python -m tools.notebooks heads                 write badge, install cell and metadata into every notebook
     python -m tools.notebooks references            write all lists of references, fail where a citation is wrong
     python -m tools.notebooks readme [--check]      make README.md from nbs/index.ipynb, or compare the two
 """
-import argparse, hashlib, json, os, re, sys, tempfile, time
+import argparse, ast, hashlib, io, json, os, re, sys, tempfile, time, tokenize
 from configparser import ConfigParser
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / 'nbs'
+# Characters of a line in notebooks and in tests and tools; lines of a cell; exported cells in a row.
+WIDTH, CODE_WIDTH, CELL, ROW = 100, 120, 20, 2
+EXPORTS = {'export', 'exports', 'exporti'}
 
 
 def settings():
@@ -20,7 +24,9 @@ def settings():
     ini = ConfigParser()
     ini.read(ROOT / 'settings.ini')
     s = dict(ini['DEFAULT'])
-    return s | {'repo_url': f"https://github.com/{s['user']}/{s['repo']}", 'site_url': f"https://{s['user']}.github.io/{s['repo']}"}
+    s['repo_url'] = f"https://github.com/{s['user']}/{s['repo']}"
+    s['site_url'] = f"https://{s['user']}.github.io/{s['repo']}"
+    return s
 
 
 def notebooks(): return sorted(p for p in NBS.glob('*.ipynb') if not p.name.startswith('_'))
@@ -46,7 +52,7 @@ def code_hash(nb):
 
 @contextmanager
 def kernel(nb, python=sys.executable, first=''):
-    """A Jupyter kernel of the interpreter `python`, in an empty folder, where `first` has run; gives a function that runs cell number i.
+    """A Jupyter kernel of `python` in an empty folder, where `first` has run; gives a function that runs cell number i.
 
     Each notebook is met alone: on Colab nothing of the repository lies beside it."""
     from jupyter_client import KernelManager
@@ -55,7 +61,8 @@ def kernel(nb, python=sys.executable, first=''):
     from nbformat.v4 import new_code_cell
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
         manager = KernelManager(transport='ipc', connection_file=f'{sockets}/kernel.json')
-        manager._kernel_spec = KernelSpec(argv=[python, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], language='python')
+        command = [python, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+        manager._kernel_spec = KernelSpec(argv=command, language='python')
         client = NotebookClient(nb, km=manager, timeout=None, resources={'metadata': {'path': folder}})
         with client.setup_kernel(cleanup_kc=True):
             if first:
@@ -66,7 +73,7 @@ def kernel(nb, python=sys.executable, first=''):
 
 
 def run(path, flags=('slow',)):
-    "Run the notebook at `path` alone, and store its outputs, the hash of the code that made them, and how long it took."
+    "Run the notebook at `path` alone, and store its outputs, the hash of their code, and how long it took."
     import nbformat
     from nbclient.exceptions import CellExecutionError
     from nbdev.clean import clean_nb
@@ -81,7 +88,8 @@ def run(path, flags=('slow',)):
             start = time.perf_counter()
             try: run_cell(i)
             except CellExecutionError as e: sys.exit(f'{path.name}, cell {cell.id}:\n{e}')
-            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr' and o.get('data') != {}]  # a bar that is gone
+            shown = lambda o: o.get('name') != 'stderr' and o.get('data') != {}  # {}: a bar that is gone
+            cell.outputs = [o for o in cell.outputs if shown(o)]
             took['quick' if runs(cell) else 'slow'] += time.perf_counter() - start
     nb.metadata['outputs_of'] = code_hash(nb)
     nb.metadata['seconds'] = {k: round(v) for k, v in took.items()} | {'cores': os.cpu_count()}
@@ -96,6 +104,79 @@ def stale():
     "The notebooks whose stored outputs are older than their code."
     nbs = {p: json.loads(p.read_text()) for p in notebooks()}
     return [p.name for p, nb in nbs.items() if nb['metadata'].get('outputs_of') != code_hash(nb)]
+
+
+def long_lines(text, width):
+    "`(number, length)` of the lines of `text` that are longer than `width`."
+    return [(i, len(line)) for i, line in enumerate(text.splitlines(), 1) if len(line) > width]
+
+
+def raw_links(text):
+    "The texts of links that hold a backtick: nbdev makes a link of the name in it, inside the link."
+    return re.findall(r'\[([^\[\]]*`[^\[\]]*)\]\(', text)
+
+
+def docment_lines(source):
+    "The numbers of the lines whose comments nbdev shows as documentation: of signatures and of the fields of classes."
+    tree, found = ast.parse(source), set()
+    members = [member for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for member in node.body]
+    for n in tree.body + members:
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)): parts = [n.returns, *ast.walk(n.args)]
+        elif isinstance(n, (ast.Assign, ast.AnnAssign)) and n in members: parts = [n]
+        else: continue
+        found |= set(range(n.lineno, max(getattr(part, 'end_lineno', n.lineno) for part in parts) + 1))
+    return found
+
+
+def raw_docments(source):
+    "The numbers of the lines of an exported cell where a docment holds a backtick."
+    lines, tokens = docment_lines(source), tokenize.generate_tokens(io.StringIO(source).readline)
+    return [t.start[0] for t in tokens if t.type == tokenize.COMMENT and '`' in t.string and t.start[0] in lines]
+
+
+def is_exported(cell): return cell['cell_type'] == 'code' and bool(EXPORTS & set(directives(''.join(cell['source']))))
+
+
+def only_imports(source): return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
+
+
+def cell_faults(cell):
+    "What does not fit its page in one cell, as sentences."
+    source, kind = ''.join(cell['source']), cell['cell_type']
+    if kind == 'markdown': return [f'a backtick in the text of a link: [{text}]' for text in raw_links(source)]
+    if kind != 'code': return []
+    found = [f'line {i} has {length} characters, more than {WIDTH}' for i, length in long_lines(source, WIDTH)]
+    lines = sum(not line.startswith('#|') for line in source.strip().splitlines())
+    if lines > CELL: found.append(f'{lines} lines of code, more than {CELL}')
+    raw = raw_docments(source) if is_exported(cell) else []
+    return found + [f'line {i} has a backtick in the comment of a parameter' for i in raw]
+
+
+def exported_in_a_row(cells):
+    "The ids of more than two exported cells with nothing between them that runs or explains; imports don't count."
+    rows = [[]]
+    for cell in cells:
+        if not is_exported(cell): rows.append([])
+        elif not only_imports(''.join(cell['source'])): rows[-1].append(cell['id'])
+    return [row for row in rows if len(row) > ROW]
+
+
+def form(path):
+    "What does not fit its page in the notebook or module at `path`, one line for each place."
+    name, text = os.path.relpath(path, ROOT), path.read_text()
+    if path.suffix == '.py':
+        found = long_lines(text, CODE_WIDTH)
+        return [f'{name}:{i}: {length} characters, more than {CODE_WIDTH}' for i, length in found]
+    cells = json.loads(text)['cells']
+    faults = [(cell['id'], fault) for cell in cells for fault in cell_faults(cell)]
+    for row in exported_in_a_row(cells):
+        faults.append((row[ROW], f'{len(row)} exported cells in a row, more than {ROW}, from {row[0]} to {row[-1]}'))
+    return [f'{name}, cell {cell_id}: {fault}' for cell_id, fault in faults]
+
+
+def modules():
+    "The Python files whose lines `form` measures: tests and tools."
+    return [ROOT / 'conftest.py', *sorted(ROOT.glob('tests/*.py')), *sorted(ROOT.glob('tools/*.py'))]
 
 
 def how_long(took):
@@ -189,10 +270,11 @@ def readme():
     from nbconvert import MarkdownExporter
     nb = nbformat.read(NBS / 'index.ipynb', 4)
     nb.cells = [c for c in nb.cells if 'hide' not in directives(c.source)]
+    page = rf"({settings()['site_url']}/\1.html\2)"
     for c in nb.cells:
         if 'echo' in directives(c.source): c.source = ''
-        c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M) if c.cell_type == 'code' else c.source
-        if c.cell_type == 'markdown': c.source = re.sub(r'\((?:\d+_)?(\w+)\.ipynb(#[\w-]*)?\)', rf"({settings()['site_url']}/\1.html\2)", c.source)
+        if c.cell_type == 'code': c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+        if c.cell_type == 'markdown': c.source = re.sub(r'\((?:\d+_)?(\w+)\.ipynb(#[\w-]*)?\)', page, c.source)
     nb.metadata['language_info'] = {'name': 'python'}
     for c in nb.cells:  # no pictures: they would be files of their own
         if c.cell_type == 'code': c.outputs = [o for o in c.outputs if 'image/png' not in o.get('data', {})]
@@ -203,24 +285,29 @@ def readme():
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('job', choices=['run', 'check', 'heads', 'references', 'readme'])
+    ap.add_argument('job', choices=['run', 'check', 'form', 'heads', 'references', 'readme'])
     ap.add_argument('paths', nargs='*', type=Path)
     ap.add_argument('--flags', default='slow')
     ap.add_argument('--check', action='store_true')
     a = ap.parse_args()
+    paths = [p.resolve() for p in a.paths]
     if a.job == 'run':
-        for p in [p.resolve() for p in a.paths] or notebooks():
+        for p in paths or notebooks():
             start = time.perf_counter()
             run(p, a.flags.split())
             print(f'{p.name}: {time.perf_counter() - start:.0f} s', flush=True)
+    if a.job == 'form' and (faults := [fault for p in paths or notebooks() + modules() for fault in form(p)]):
+        sys.exit('\n'.join([*faults, f'{len(faults)} places do not fit their page; CONTRIBUTING.md has the rules']))
     if a.job == 'heads':
         for p in notebooks(): set_head(p)
     if a.job == 'references' and (wrong := [f'{p.name}: {c}' for p in notebooks() for c in set_references(p)]):
         sys.exit('not as nbs/references.bib has author, year and address:\n' + '\n'.join(wrong))
-    if a.job == 'check' and (old := stale()): sys.exit(f"stored outputs are older than their code: {', '.join(old)}; run: python -m tools.notebooks run")
+    if a.job == 'check' and (old := stale()):
+        sys.exit(f"stored outputs are older than their code: {', '.join(old)}; run: python -m tools.notebooks run")
     if a.job == 'readme':
         path = ROOT / 'README.md'
-        if a.check and path.read_text() != readme(): sys.exit('README.md is not what nbs/index.ipynb gives; run: python -m tools.notebooks readme')
+        if a.check and path.read_text() != readme():
+            sys.exit('README.md is not what nbs/index.ipynb gives; run: python -m tools.notebooks readme')
         if not a.check: path.write_text(readme())
 
 

@@ -1,0 +1,285 @@
+"""Comparing: intervals, paired runs, contenders, choices, tables."""
+import copy, math, subprocess, sys, warnings
+from functools import partial
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from distill_nb.files import fingerprint
+from distill_nb.data import ImageData
+from distill_nb.training import DivergedError, Recipe, Supervised
+from distill_nb.compare import (Comparison, Contender, agreement, choose, compare, interval, paired, share_interval,
+                                table)
+from distill_nb.logits import Distill
+from distill_nb.report import stored_result
+
+from small import RECIPE, images, net, trained
+
+
+@pytest.fixture(scope='module')
+def teacher(): return trained()
+
+
+# --- comparing
+
+@pytest.mark.parametrize('values', [[1., 2., 3.], [0.9, 0.91, 0.87, 0.93, 0.9]])
+def test_the_interval_is_students(values):
+    mean, ends = interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values))
+    assert ends == pytest.approx([low, high]) and mean == pytest.approx(sum(values) / len(values))
+    assert interval([0.5]) == (0.5, None)
+
+
+@pytest.mark.parametrize('shapes', [((4, 3), (1, 3)), ((4, 3), (4, 2)), ((0, 3), (0, 3)), ((4, 1), (4, 1)),
+                                    ((4,), (4,))])
+def test_agreement_refuses_what_would_be_broadcast(shapes):
+    with pytest.raises(ValueError, match='student_logits and teacher_logits must have the'):
+        agreement(*map(torch.zeros, shapes))
+
+
+def test_agreement_counts_equal_choices():
+    student, teacher = [[1., 0], [0, 1], [1, 0], [0, 1]], [[2., 0], [3, 1], [9, 0], [1, 0]]
+    assert agreement(torch.tensor(student), torch.tensor(teacher)) == 0.5
+
+
+@pytest.mark.parametrize('right,n', [(0, 1), (1, 1), (0, 359), (359, 359), (357, 359), (4235, 5000), (1, 3)])
+def test_the_interval_of_a_share_is_wilsons(right, n):
+    p, z = right / n, stats.norm.ppf(0.975)
+    centre = (p + z**2 / 2 / n) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
+    assert share_interval(right, n) == pytest.approx([centre - half, centre + half], abs=1e-12)
+    assert 0 <= share_interval(right, n)[0] <= p <= share_interval(right, n)[1] <= 1
+
+
+@pytest.mark.parametrize('p', [0.5, 0.9, 0.95, 0.98, 0.99, 0.998])
+def test_the_interval_of_a_share_holds_it_nearly_as_often_as_it_says(p):
+    intervals = [share_interval(k, 359) for k in range(360)]
+    held = sum(stats.binom.pmf(k, 359, p) for k, (low, high) in enumerate(intervals) if low <= p <= high)
+    assert 0.92 < held < 0.99
+
+
+def runs_of(**values):
+    return [{'model': m, 'seed': s, 'valid_accuracy': v} for m, found in values.items() for s, v in found.items()]
+
+
+def test_rows_pair_by_seed():
+    runs = runs_of(alone={0: 0.1, 1: 0.5, 2: 0.9}, distilled={0: 0.2, 1: 0.6, 2: 1.0})
+    runs = sorted((r | {'seconds': 1.} for r in runs), key=lambda r: r['seed'])
+    alone, distilled = Comparison(runs, 'alone').rows()
+    low, high = alone['ci95']
+    assert 'difference' not in alone and high - low > 1
+    assert alone['valid_accuracy'] == pytest.approx(0.5) == (low + high) / 2
+    assert distilled['difference'] == pytest.approx(0.1) and distilled['difference_ci95'] == pytest.approx([0.1, 0.1])
+
+
+def test_runs_are_paired_by_their_seeds_in_whatever_order_they_stand():
+    found = Comparison(runs_of(a={0: 0.1, 1: 0.5, 2: 0.9}, b={2: 1.0, 0: 0.2, 1: 0.6}), 'a')
+    assert found.values('b', 'valid_accuracy') == [0.2, 0.6, 1.0] and found.seeds == [0, 1, 2]
+    assert found.rows()[1]['difference_ci95'] == pytest.approx([0.1, 0.1])
+    lines = [line.get_ydata().tolist() for line in found.plot().axes[0].lines]
+    assert lines == [[0.1, 0.2], [0.5, 0.6], [0.9, 1.0]]
+
+
+@pytest.mark.parametrize('runs,baseline,said', [
+    (runs_of(a={0: 0.1, 1: 0.5}, b={0: 0.2}), 'a', r"'b' has none for \[1\]"),
+    (runs_of(a={0: 0.1}, b={0: 0.2, 7: 0.3}), 'a', r"'a' has none for \[7\]"),
+    (runs_of(a={0: 0.1}, b={0: 0.2}) + runs_of(b={0: 0.2}), 'a',
+     r"each seed of a contender once, but 'b' has the seeds \[0, 0\]"),
+    (runs_of(a={0: 0.1}), 'c', "name must be one of a, but is 'c'"),
+    (runs_of(a={0: 0.1, 1: 0.1}, b={0: 0.1}) + [{'model': 'b', 'seed': 1}], 'a',
+     r"'b' has no 'valid_accuracy' for the seeds \[1\]")])
+def test_runs_that_can_not_be_paired_are_refused(runs, baseline, said):
+    for summary in (Comparison.rows, Comparison.plot):
+        with pytest.raises(ValueError, match=said): summary(Comparison(runs, baseline))
+
+
+def test_a_column_has_the_name_of_its_measure():
+    runs = [r | {'accuracy': r['valid_accuracy'] + 0.05, 'deepest': 0.7} for r in runs_of(a={0: 0.1, 1: 0.3})]
+    found = Comparison(runs, 'a')
+    for measure, mean in (('valid_accuracy', 0.2), ('accuracy', 0.25), ('deepest', 0.7)):
+        row, = found.rows(measure)
+        assert row[measure] == pytest.approx(mean) and set(row) == {'model', measure, 'ci95'}
+    assert 'accuracy' in found.rows()[0] and 'accuracy' not in Comparison(runs_of(a={0: 0.1}), 'a').rows()[0]
+    assert found.plot(measure='deepest').axes[0].get_ylabel() == 'deepest'
+    with pytest.raises(ValueError, match="'a' has no 'top5'"): found.rows('top5')
+
+
+def test_a_seed_that_occurs_twice_is_refused_before_anything_is_trained():
+    def never(): raise AssertionError('a student was made')
+    for seeds, said in (([0, 0], '0 occurs again'), ([3, 1, 2, 1], '1 occurs again'), ([], 'at least 1'),
+                        ((5, 5), '5 occurs again')):
+        with pytest.raises(ValueError, match=f'seeds must be .*{said}'):
+            compare(never, {'a': Contender(Supervised, images())}, RECIPE, images(seed=1), seeds=seeds)
+
+
+def test_a_factory_that_does_not_make_new_students_is_refused():
+    def compared(make, seeds=2):
+        ways = {name: Contender(Supervised, images()) for name in 'ab'}
+        return compare(make, ways, RECIPE, images(seed=1), seeds=seeds, progress=False)
+    one, body, norm = net(), nn.Linear(16, 8), nn.BatchNorm1d(8)
+    two = [net(), net()]
+    def alternating(): return two[0] if two.reverse() else two[1]
+    def shared_body(): return nn.Sequential(nn.Flatten(), body, nn.Linear(8, 3))
+    def same_memory():
+        model = net()
+        model[1].weight.data = one[1].weight.data
+        return model
+    def shared_buffers():
+        model = net()
+        model[2].running_mean = norm.running_mean
+        return model
+    for make in (lambda: one, shared_body, same_memory, shared_buffers):
+        with pytest.raises(ValueError, match='make_student must make a new network each time'): compared(make)
+    with pytest.raises(ValueError, match='make_student must'): compared(alternating)
+    trained = []
+    def copies_of_the_last():
+        trained.append(copy.deepcopy(trained[-1]) if trained else net())
+        return trained[-1]
+    said = 'same initial weights for the same seed, but for seed 0'
+    with pytest.raises(ValueError, match=said): compared(copies_of_the_last)
+    said = 'the same initial weights for every seed'
+    with pytest.warns(UserWarning, match=said): compared(lambda: copy.deepcopy(one))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        compared(net)
+        compared(lambda: copy.deepcopy(one), seeds=1)
+
+
+def contenders(teacher, alone, transfer):
+    return {'alone': Contender(Supervised, alone), 'distilled': Contender(partial(Distill, teacher=teacher), transfer)}
+
+
+def test_contenders_start_alike_take_the_same_steps_and_read_the_test_split_once(teacher):
+    started, steps = {}, {}
+    def watch(name):
+        def make(student):
+            started.setdefault(name, []).append(fingerprint(student.state_dict()))
+            return Supervised(student) if name == 'alone' else Distill(student, teacher)
+        return make
+    class Once(ImageData):
+        reads = 0
+        def batches(self, *args):
+            Once.reads += 1
+            return super().batches(*args)
+    d = images(seed=2)
+    test = Once(d.x, d.y, d.classes, d.mean, d.std)
+    ways = {'alone': Contender(watch('alone'), images().subset(range(30))), 'distilled': Contender(watch('distilled'), images())}
+    recipe = Recipe(epochs=1, batch_size=16, precision='float32')
+    found = compare(net, ways, recipe, images(seed=1), test, teacher, seeds=3)
+    assert started['alone'] == started['distilled'] and len(set(started['alone'])) == 3
+    # ceil(120 / 16) steps: the larger data set decides
+    assert {len(h.losses['hard']) for h in found.histories.values()} == {8}
+    assert Once.reads == 3 * 2 + 1  # each trained student once, and the teacher
+    rows = found.rows()
+    assert {'accuracy', 'ci95', 'agreement', 'ece', 'seconds'} <= set(rows[0]) and found.plot() is not None
+    assert all({'seed', 'valid_accuracy', 'accuracy', 'agreement', 'ece', 'seconds'} <= set(r) for r in found.runs)
+
+
+def test_an_interrupted_comparison_continues(teacher, tmp_path):
+    given = lambda: (net, contenders(teacher, images(), images()), RECIPE, images(seed=1))
+    whole = compare(*given(), seeds=2)
+    class Stop(Exception): pass
+    def stops(student): raise Stop
+    stopped = {'alone': Contender(Supervised, images()), 'distilled': Contender(stops, images())}
+    with pytest.raises(Stop): compare(net, stopped, RECIPE, images(seed=1), seeds=2, folder=tmp_path)
+    resumed = compare(*given(), seeds=2, folder=tmp_path)
+    strip = lambda c: [{k: v for k, v in r.items() if k != 'seconds'} for r in c.runs]
+    assert strip(resumed) == strip(whole)
+
+
+def test_a_comparison_of_nothing_is_refused(teacher):
+    with pytest.raises(ValueError, match='contenders'): compare(net, {}, RECIPE, images())
+    pair = contenders(teacher, images(), images())
+    with pytest.raises(ValueError, match='seeds'): compare(net, pair, RECIPE, images(), seeds=0)
+    with pytest.raises(ValueError, match="contenders must be values of Contender, but 'a' is a tuple"):
+        compare(net, {'a': Contender(Supervised, images())}, RECIPE, images())
+
+
+def test_a_comparison_does_not_take_over_another_ones_runs(teacher, tmp_path):
+    compare(net, {'a': Contender(Supervised, images())}, RECIPE, images(seed=1), seeds=1, folder=tmp_path)
+    def changed():
+        model = net()
+        nn.init.ones_(model[-1].bias)
+        return model
+    with pytest.raises(ValueError, match='other initial weights'):
+        compare(changed, {'a': Contender(Supervised, images())}, RECIPE, images(seed=1), seeds=1, folder=tmp_path)
+
+
+def pairs(teacher, *grid, make=Distill):
+    "Contenders with these pairs of temperature and alpha."
+    return {f'T={T} a={a}': Contender(partial(make, teacher=teacher, temperature=T, alpha=a), images()) for T, a in grid}
+
+
+def test_the_first_of_the_best_on_the_validation_split_is_chosen(teacher):
+    grid = pairs(teacher, (1., 0.), (2., 0.), (4., 0.9))  # with alpha = 0 the temperature does nothing: the first two tie
+    best, rows = choose(net, grid, RECIPE, images(seed=1))
+    accuracies = [r['valid_accuracy'] for r in rows.values()]
+    assert list(rows) == list(grid) and accuracies[0] == accuracies[1]
+    assert best == list(grid)[accuracies.index(max(accuracies))]
+
+
+def test_a_choice_goes_on_where_a_setting_diverges(teacher):
+    def explodes_at_2(student, teacher, temperature, alpha):
+        objective = Distill(student, teacher, temperature, alpha)
+        forward = objective.forward
+        if temperature == 2: objective.forward = lambda batch: {k: loss*math.inf for k, loss in forward(batch).items()}
+        return objective
+    wild, tame = pairs(teacher, (2., 0.9), make=explodes_at_2), pairs(teacher, (4., 0.9), make=explodes_at_2)
+    best, rows = choose(net, wild | tame, RECIPE, images(seed=1), seeds=1)
+    assert best == 'T=4.0 a=0.9' and rows[best]['valid_accuracy'] > 0 and rows['T=2.0 a=0.9'] is None
+    with pytest.raises(DivergedError, match='every setting of kd diverged'):
+        choose(net, wild, RECIPE, images(seed=1), 'kd')
+    with pytest.raises(ValueError, match='test must be left out'):
+        choose(net, tame, RECIPE, images(seed=1), test=images(seed=2))
+    with pytest.raises(DivergedError, match='^distilled, seed 3: the loss'):
+        compare(net, {'distilled': wild['T=2.0 a=0.9']}, RECIPE, images(seed=1), seeds=[3])
+
+
+def test_what_a_contender_needs_is_trained_before_its_student(teacher):
+    calls = []
+    def before(): calls.append('before'); return teacher
+    def make(student, taught): calls.append('make'); return Distill(student, taught)
+    own = Recipe(steps=3, batch_size=8, precision='float32')
+    found = compare(net, {'a': Contender(make, images(), own, before)}, RECIPE, images(seed=1), seeds=2)
+    assert calls == ['before', 'make'] * 2 and len(found.histories['a'].losses['soft']) == 3
+
+
+# --- tables
+
+ROWS = [{'model': 'alone', 'images': 1234, 'accuracy': 0.5},
+        {'model': 'distilled', 'accuracy': None, 'ci95': [0.25, 1.]}]
+TABLE = """| model | images | accuracy | ci95 |
+| :-- | --: | --: | --: |
+| alone | 1,234 | 0.50 |  |
+| distilled |  |  | [0.25, 1.00] |"""
+TEXT = """model      images  accuracy          ci95
+---------  ------  --------  ------------
+alone       1,234      0.50
+distilled                    [0.25, 1.00]"""
+
+
+def test_a_notebook_shows_a_table_and_everything_else_its_text():
+    from IPython.core.formatters import DisplayFormatter
+    made = table(ROWS, digits=2)
+    assert str(made) == TEXT
+    assert DisplayFormatter().format(made)[0] == {'text/markdown': TABLE, 'text/plain': TEXT}
+
+
+def test_a_column_without_a_value_is_left_out():
+    made = table(ROWS, {'model': lambda r: r['model'], 'nothing': lambda r: ''})
+    assert made.head == ['model'] and made.rows == [['alone'], ['distilled']]
+
+
+def test_a_table_needs_no_ipython():
+    code = f"from distill_nb.compare import table; print(table({ROWS}, digits=2))"
+    code = f"import sys; sys.modules['IPython'] = None; {code}"
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert p.stdout == TEXT + '\n', p.stderr
+
+
+def test_rows_of_results_of_different_age_are_paired():
+    stored = lambda name: next(r for r in stored_result(name)['rows'] if r['model'] == 'kd')
+    old, new = stored('methods_digits'), stored('dist_digits')
+    assert paired(new, old)[0] == pytest.approx(-paired(old, new)[0])
