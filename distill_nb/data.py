@@ -250,7 +250,7 @@ def _normalisation(x, mean, std):
 # %% ../nbs/02_data.ipynb #167d65a9
 class ImageData:
     "Square images as one uint8 tensor on a device, with labels, views and normalisation."
-    _settings = ('augment', 'mean', 'std', 'size', 'name', 'views')  # what `replace` can change
+    _settings = ('augment', 'mean', 'std', 'size', 'name', 'views')  # what replace can change
 
     def __init__(self,
         x:Tensor,  # Pixels, uint8, shape (N, channels, H, W) with H = W

@@ -22,8 +22,9 @@ from torch.func import functional_call
 from .files import fingerprint, must, number, whole
 from .losses import UNLABELLED, check_temperature, check_weight, jsd_loss, kd_loss, upcast
 from .data import Batch, ImageData, mix
-from .training import (Frozen, History, Objective, Recipe, check_classes, device_of,
-                                 evaluating, fit)
+from .models import evaluating
+from .training import (Frozen, History, Objective, Recipe, check_classes, device_of, fit,
+                                 logits_of)
 from .logits import Distill
 from .features import listening
 
@@ -272,20 +273,9 @@ def _check_guides(teacher, x, weights):
          '0 for a teacher whose answer does not come from a linear layer')
 
 # %% ../nbs/09_data_free.ipynb #7c3ee68c
-def _logits_of(model, x, name):
-    "What a model answers in eval mode, where it is and without gradients."
-    try:
-        with evaluating(model): logits = model(x.to(device_of(model, x.device)))
-    except RuntimeError as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f'{name} does not take images of shape {tuple(x.shape[1:])}: {why}') from e
-    if isinstance(logits, Tensor): return logits
-    given = type(logits).__name__
-    raise ValueError(f'{name} must map images to a tensor of logits, but gives a {given}.')
-
 def _classes_of(model, x, name):
     "How many classes a model tells apart."
-    logits = _logits_of(model, x, name)
+    logits = logits_of(model, x, name)
     must(logits.ndim == 2, f'what {name} gives', tuple(logits.shape), 'logits of shape (B, C)')
     return logits.shape[1]
 

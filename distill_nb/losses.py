@@ -42,6 +42,7 @@ def _minus(a, b):
     back = d - a
     return d, (a - (d - back)) - (b + back)
 
+# %% ../nbs/01_losses.ipynb #d1dcf305
 @torch.no_grad()
 def _log_ratio(student_logits, teacher_logits, temperature):
     "log p - log q of each class, up to a constant for each row; 0 where both are masked."
@@ -51,50 +52,31 @@ def _log_ratio(student_logits, teacher_logits, temperature):
     d = d.sub_(shift).add_((lost - shift_lost).nan_to_num_(0.)).div_(temperature)
     return d.nan_to_num_(0., math.inf, -math.inf)
 
-# %% ../nbs/01_losses.ipynb #e09d77e6
-class _Differences(torch.autograd.Function):
+# %% ../nbs/01_losses.ipynb #91cac95d
+def _differences(log_p, log_q, ratio):
     "log p - log q and p - q; `ratio` is the first of them up to a constant for each row."
-    generate_vmap_rule = True
+    surest = torch.minimum(log_p, log_q).argmax(-1, keepdim=True)
+    a, b, c = (t.gather(-1, surest) for t in (log_p, log_q, ratio))
+    d, q = ratio + (a - b - c).nan_to_num(0.), log_q.exp()
+    gap = (log_p.exp() + q).mul_((d / 2).tanh_())
+    excess = gap.sum(-1, keepdim=True)
+    return d.sub_(excess), gap.sub_(q.mul_(excess))
 
-    @staticmethod
-    def forward(log_p, log_q, ratio):
-        surest = torch.minimum(log_p, log_q).argmax(-1, keepdim=True)  # both logarithms are precise
-        a, b, c = (t.gather(-1, surest) for t in (log_p, log_q, ratio))
-        d, q = ratio + (a - b - c).nan_to_num(0.), log_q.exp()
-        gap = (log_p.exp() + q).mul_((d / 2).tanh_())
-        excess = gap.sum(-1, keepdim=True)
-        return d.sub_(excess), gap.sub_(q.mul_(excess))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, by_d, by_gap):  # for second derivatives; the first are those of `_Excess`
-        if by_d is None and by_gap is None: return None, None, None
-        p, q = (l.exp() for l in ctx.saved_tensors)
-        by_d, by_gap = (0. if g is None else g for g in (by_d, by_gap))
-        return by_d + by_gap * p, -by_d - by_gap * q, None
-
-# %% ../nbs/01_losses.ipynb #47401959
-def _compare(student_logits, teacher_logits, temperature):
-    "log p, log q, log p - log q and p - q, each of shape (B, C)."
-    log_q, log_p = (log_soften(l, temperature) for l in (student_logits, teacher_logits))
-    ratio = _log_ratio(student_logits, teacher_logits, temperature)
-    return log_p, log_q, *_Differences.apply(log_p, log_q, ratio)
+# %% ../nbs/01_losses.ipynb #b75b9f6e
+def _excess(log_p, d, gap):
+    "p·d - (p - q) for each class: never negative, and in sum KL(p ‖ q)."
+    p = log_p.exp()
+    near = (d * d).div_(-720).add_(1/12).mul_(d).add_(0.5).mul_(d).mul_(gap)
+    far = (p * d).masked_fill_(p == 0, 0.).sub_(gap)
+    return torch.where(d.abs() < 1/16, near, far).clamp(min=0.)
 
 # %% ../nbs/01_losses.ipynb #fa8a07a3
 class _Excess(torch.autograd.Function):
-    "p·d - (p - q) for each class: never negative, and in sum KL(p ‖ q)."
+    "`_excess`, with its gradient."
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(log_p, log_q, d, gap):
-        p = log_p.exp()
-        near = (d * d).div_(-720).add_(1/12).mul_(d).add_(0.5).mul_(d).mul_(gap)
-        far = (p * d).masked_fill_(p == 0, 0.).sub_(gap)
-        return torch.where(d.abs() < 1/16, near, far).clamp(min=0.)
+    def forward(log_p, log_q, d, gap): return _excess(log_p, d, gap)
 
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.save_for_backward(inputs[0], *inputs[2:])
@@ -109,7 +91,33 @@ class _Excess(torch.autograd.Function):
         by_log_q = -grad * gap if ctx.needs_input_grad[1] else None
         return by_log_p, by_log_q, None, None
 
-# %% ../nbs/01_losses.ipynb #f16b7a2f
+# %% ../nbs/01_losses.ipynb #e09d77e6
+class _Differences(torch.autograd.Function):
+    "`_differences`, with its gradient, which second derivatives need."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_p, log_q, ratio): return _differences(log_p, log_q, ratio)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, by_d, by_gap):
+        if by_d is None and by_gap is None: return None, None, None
+        p, q = (l.exp() for l in ctx.saved_tensors)
+        by_d, by_gap = (0. if g is None else g for g in (by_d, by_gap))
+        return by_d + by_gap * p, -by_d - by_gap * q, None
+
+# %% ../nbs/01_losses.ipynb #47401959
+def _compare(student_logits, teacher_logits, temperature):
+    "log p, log q, log p - log q and p - q, each of shape (B, C)."
+    log_q, log_p = (log_soften(l, temperature) for l in (student_logits, teacher_logits))
+    ratio = _log_ratio(student_logits, teacher_logits, temperature)
+    return log_p, log_q, *_Differences.apply(log_p, log_q, ratio)
+
 def _kl(log_p, log_q, d, gap):
     "KL(p ‖ q) of each row: (B, C) -> (B,)"
     return _Excess.apply(log_p, log_q, d, gap).sum(-1)
@@ -134,8 +142,8 @@ def check_rows(
     if logits.ndim == 2 and len(logits) >= 1 and logits.shape[1] >= 2: return
     hint = ('. A model with one output z chooses between two classes: give the logits 0 and z'
             if logits.shape[1:] == (1,) else '')
-    raise ValueError(f'{name} must have the shape (B, C), with at least 1 row and one logit for each '
-                     f'of at least 2 classes, but have {tuple(logits.shape)}{hint}.')
+    raise ValueError(f'{name} must have the shape (B, C), with at least 1 row and one logit for '
+                     f'each of at least 2 classes, but have {tuple(logits.shape)}{hint}.')
 
 # %% ../nbs/01_losses.ipynb #2b0941d0
 def check_logits(
@@ -144,8 +152,9 @@ def check_logits(
 ):
     "Refuse pairs of logits that would be broadcast, or that hold nothing to compare."
     if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
-        raise ValueError('student_logits and teacher_logits must have the same shape (B, C), but have '
-                         f'{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}.')
+        shapes = f'{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}'
+        raise ValueError('student_logits and teacher_logits must have the same shape (B, C), '
+                         f'but have {shapes}.')
     check_rows(student_logits, 'student_logits and teacher_logits')
 
 def _check(student_logits, teacher_logits, temperature):
@@ -153,6 +162,7 @@ def _check(student_logits, teacher_logits, temperature):
     check_temperature(temperature)
     check_logits(student_logits, teacher_logits)
 
+# %% ../nbs/01_losses.ipynb #5f61797c
 def check_weight(
     name:str,  # Of the argument
     weight,    # To be checked
@@ -164,28 +174,33 @@ def check_weight(
     fits = weight.shape in ((), (rows,))
     must(fits, name, weight, f'a number, or a tensor of {rows} numbers, one for each row')
     if weight.device.type == 'cpu' and not torch.compiler.is_compiling():
-        must(bool(((weight >= 0) & (weight < math.inf)).all()), name, weight, 'finite and at least 0')
+        fine = bool(((weight >= 0) & (weight < math.inf)).all())
+        must(fine, name, weight, 'finite and at least 0')
 
 # %% ../nbs/01_losses.ipynb #c6c44a9e
 def _check_labels(labels, student_logits):
     "Refuse labels of the wrong kind or shape and, on the CPU, out of range."
     check_rows(student_logits, 'student_logits')
     rows, classes = student_logits.shape
-    if labels is None or labels.shape != (rows,) or labels.is_floating_point() or labels.dtype == torch.bool:
-        found = 'None' if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
-        raise ValueError(f"labels must be integers of shape ({rows},), one for each row of logits, but are {found}.")
+    whole = labels is not None and not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if not whole or labels.shape != (rows,):
+        found = 'None' if labels is None else f'{labels.dtype} of shape {tuple(labels.shape)}'
+        raise ValueError(f'labels must be integers of shape ({rows},), one for each row of logits, '
+                         f'but are {found}.')
     if labels.device.type != 'cpu' or torch.compiler.is_compiling(): return
     wrong = labels[((labels < 0) & (labels != UNLABELLED)) | (labels >= classes)]
     if len(wrong) > 0:
-        raise ValueError(f"labels must lie in 0..{classes - 1} or be {UNLABELLED} (unlabelled), but one is {wrong[0]}.")
+        raise ValueError(f'labels must lie in 0..{classes - 1} or be {UNLABELLED} (unlabelled), '
+                         f'but one is {wrong[0]}.')
 
 # %% ../nbs/01_losses.ipynb #fc1a1451
 def _reduce(per_row, reduction, temperature):
     "T² times the rows' losses: their mean, their sum, or all of them."
-    if reduction == 'batchmean': return temperature**2 * per_row.mean()
-    if reduction == 'sum': return temperature**2 * per_row.sum()
-    if reduction == 'none': return temperature**2 * per_row
-    raise ValueError(f"reduction must be 'batchmean', 'sum' or 'none', but is {reduction!r}.")
+    known = reduction in ('batchmean', 'sum', 'none')
+    must(known, 'reduction', reduction, "'batchmean', 'sum' or 'none'")
+    if reduction == 'batchmean': per_row = per_row.mean()
+    if reduction == 'sum': per_row = per_row.sum()
+    return temperature**2 * per_row
 
 # %% ../nbs/01_losses.ipynb #38c17717
 def kd_loss(
@@ -202,7 +217,7 @@ def kd_loss(
 # %% ../nbs/01_losses.ipynb #8bc6bb9f
 def hard_loss(
     student_logits:Tensor,   # Raw scores, shape (B, C)
-    labels:Tensor,           # Class numbers, shape (B,); `UNLABELLED` where there is none
+    labels:Tensor,           # Class numbers, shape (B,); UNLABELLED where there is none
     label_smoothing:float=0. # ε, share of the target that all classes get alike
 ) -> Tensor:                 # Cross-entropy summed over the labelled rows, divided by B
     "Cross-entropy with the labels, as a mean over the batch in which unlabelled rows count 0."
@@ -213,7 +228,7 @@ def hard_loss(
     total = F.nll_loss(log_q, labels.long(), ignore_index=UNLABELLED, reduction='sum')
     if label_smoothing:
         there = log_q != -math.inf
-        even = -log_q.masked_fill(~there, 0.).sum(1) / there.sum(1)  # with all classes as the target
+        even = -log_q.masked_fill(~there, 0.).sum(1) / there.sum(1)  # all classes as the target
         even = even.masked_fill(labels == UNLABELLED, 0.).sum()
         total = (1 - label_smoothing) * total + label_smoothing * even
     return total / len(labels)
@@ -224,7 +239,7 @@ class DistillationLoss(nn.Module):
     def __init__(self,
         temperature:float=3.0, # T > 0
         alpha:float=0.5,       # Weight of the soft part, from 0 (labels only) to 1 (teacher only)
-        divergence=kd_loss,    # Takes (student_logits, teacher_logits, temperature=...), and labels=... if it has it
+        divergence=kd_loss,    # Takes both logits, temperature=..., and labels=... if it wants them
         standardize:bool=False # Z-score the logits of both for the soft part?
     ):
         super().__init__()
@@ -239,10 +254,12 @@ def soft(self:DistillationLoss,
     student_logits:Tensor, # Raw scores, shape (B, C)
     teacher_logits:Tensor, # Raw scores, shape (B, C), or their k largest as a TopK
     labels:Tensor=None     # Shape (B,); only for a divergence that wants them
-)->Tensor: # A scalar
+) -> Tensor:               # A scalar
     "The divergence from the teacher, without its weight."
     logits = student_logits, teacher_logits
-    if isinstance(teacher_logits, tuple): logits = self.collapsed(*logits)  # a `TopK`: see below
+    if isinstance(teacher_logits, tuple):  # a TopK, see below
+        self.check_top()
+        logits = collapse(*logits, self.temperature)
     if self.standardize: logits = [standardize(l) for l in logits]
     more = dict(labels=labels) if self.wants_labels else {}
     return self.divergence(*logits, temperature=self.temperature, **more)
@@ -252,42 +269,42 @@ def soft(self:DistillationLoss,
 def parts(self:DistillationLoss,
     student_logits:Tensor, # Raw scores, shape (B, C)
     teacher_logits:Tensor, # Raw scores, shape (B, C); may be None if alpha = 0
-    labels:Tensor=None     # Class numbers or `UNLABELLED`, shape (B,); may be None if alpha = 1
-)->dict: # {'hard': scalar, 'soft': scalar}
+    labels:Tensor=None     # Class numbers or UNLABELLED, shape (B,); may be None if alpha = 1
+) -> dict:                 # {'hard': scalar, 'soft': scalar}
     "The weighted parts; what has weight 0 is not computed."
-    zero = upcast(student_logits).new_zeros(())
-    return {'hard': (1 - self.alpha) * hard_loss(student_logits, labels) if self.alpha < 1 else zero,
-            'soft': self.alpha * self.soft(student_logits, teacher_logits, labels) if self.alpha > 0 else zero}
+    hard = soft = upcast(student_logits).new_zeros(())
+    if self.alpha < 1: hard = (1 - self.alpha) * hard_loss(student_logits, labels)
+    if self.alpha > 0: soft = self.alpha * self.soft(student_logits, teacher_logits, labels)
+    return {'hard': hard, 'soft': soft}
 
 # %% ../nbs/01_losses.ipynb #4bdc8af0
 @patch
 def forward(self:DistillationLoss,
     student_logits:Tensor, # Raw scores, shape (B, C)
     teacher_logits:Tensor, # Raw scores, shape (B, C); may be None if alpha = 0
-    labels:Tensor=None     # Class numbers or `UNLABELLED`, shape (B,); may be None if alpha = 1
+    labels:Tensor=None     # Class numbers or UNLABELLED, shape (B,); may be None if alpha = 1
 ) -> Tensor:               # A scalar
     "The sum of the parts."
     return sum(self.parts(student_logits, teacher_logits, labels).values())
 
-@patch(as_prop=True)
-def scale_free(self:DistillationLoss):
-    "Is the soft part blind to the scale of the student's logits? Then its gradient is as large as 1 / scale."
-    f = self.divergence.func if isinstance(self.divergence, partial) else self.divergence
-    return self.standardize or f is dist_loss
-
+# %% ../nbs/01_losses.ipynb #5b258681
 @patch
 def extra_repr(self:DistillationLoss):
     "All settings, so that `repr` tells any two different losses apart, in every process."
     f, more = self.divergence, {}
     if isinstance(f, partial): f, more = f.func, f.keywords
     name = getattr(f, '__name__', type(f).__name__)
-    if name == '<lambda>': name += f' {zlib.crc32(f.__code__.co_code + repr((f.__code__.co_consts, f.__code__.co_names)).encode()):08x}'
+    if name == '<lambda>':
+        code = f.__code__
+        told_by = code.co_code + repr((code.co_consts, code.co_names)).encode()
+        name += f' {zlib.crc32(told_by):08x}'
     name += ''.join(f', {k}={v}' for k, v in sorted(more.items()))
-    return f'temperature={self.temperature}, alpha={self.alpha}, divergence={name}, standardize={self.standardize}'
+    return (f'temperature={self.temperature}, alpha={self.alpha}, divergence={name}, '
+            f'standardize={self.standardize}')
 
 # %% ../nbs/01_losses.ipynb #17f7fb9b
 def _direction(x, there, dim=-1):
-    "`x` where it is `there`, centred and of length 1 along `dim`; a constant becomes 0, without gradient."
+    "`x` where it is `there`, centred and of length 1 along `dim`; a constant becomes 0."
     def kept(t): return t.masked_fill(~there, 0.)
     x = kept(x - x.amax(dim, keepdim=True).detach())  # changes nothing; a constant is exactly 0
     x = kept(x - x.sum(dim, keepdim=True) / there.sum(dim, keepdim=True).clamp(min=1))
@@ -323,6 +340,7 @@ def _over_mixture(d, share):
     far = math.log(share) + F.softplus(math.log1p(-share) - math.log(share) - d)
     return -torch.where(d.abs() < 1, near, far)
 
+# %% ../nbs/01_losses.ipynb #9d9be265
 def jsd_loss(
     student_logits:Tensor,    # Raw scores, shape (B, C)
     teacher_logits:Tensor,    # Raw scores, shape (B, C)
@@ -370,6 +388,7 @@ def _decoupled(student_logits, teacher_logits, labels, temperature):
     logs = [_binary(log_soften(l, temperature), labels) for l in (teacher_logits, student_logits)]
     return _kl(*logs, *_Differences.apply(*logs, ratio)), nckd
 
+# %% ../nbs/01_losses.ipynb #98accb91
 def _weighted(weight, part):
     "weight · part; 0 where the weight is 0, even if the part is infinite."
     if not isinstance(weight, Tensor): weight = part.new_full((), weight)
@@ -379,10 +398,10 @@ def _weighted(weight, part):
 def dkd_loss(
     student_logits:Tensor,    # Raw scores, shape (B, C)
     teacher_logits:Tensor,    # Raw scores, shape (B, C)
-    labels:Tensor,            # Class numbers, shape (B,); for `UNLABELLED` the teacher's first choice
+    labels:Tensor,            # Class numbers, (B,); for UNLABELLED the teacher's first choice
     temperature:float=4.0,    # T > 0
     alpha:float=1.0,          # Weight of the target part TCKD
-    beta:float=8.0,           # Weight of the non-target part NCKD: a number, or one for each row, shape (B,)
+    beta:float=8.0,           # Weight of the non-target part NCKD: a number, or shape (B,)
     reduction:str='batchmean' # 'batchmean', 'sum' or 'none'
 ) -> Tensor:                  # T² · (α·TCKD + β·NCKD)
     "Decoupled knowledge distillation, Zhao et al. 2022."
@@ -429,19 +448,27 @@ def dist_loss(
     by_image, by_class = (_pearson_distance(log_q, log_p, dim) for dim in (1, 0))
     return temperature**2 * (inter * by_image + intra * by_class)
 
-# %% ../nbs/01_losses.ipynb #740cbda6
-class TopK(NamedTuple):
-    "A teacher's k largest logits, and one bucket for all other classes."
-    values: Tensor # The largest logits, shape (B, k)
-    places: Tensor # Their classes, int64, shape (B, k)
-    tail: Tensor   # The bucket's logit at the temperature of the loss, shape (B, 1)
+# %% ../nbs/01_losses.ipynb #0de6a1da
+@patch(as_prop=True)
+def scale_free(self:DistillationLoss):
+    "Whether the gradient of the soft part is as large as 1 / scale of the student's logits."
+    f = self.divergence.func if isinstance(self.divergence, partial) else self.divergence
+    return self.standardize or f is dist_loss
 
+# %% ../nbs/01_losses.ipynb #740cbda6
 def _tail(logits, places, temperature):
     "The logit of a bucket that holds all classes but `places`: (B, C) -> (B, 1)"
     others = upcast(logits).scatter(1, places, -math.inf)
     none = (others == -math.inf).all(1, keepdim=True)  # whose logarithm has no gradient
     sums = (others / temperature).masked_fill(none, 0.).logsumexp(1, keepdim=True)
     return temperature * sums.masked_fill(none, -math.inf)
+
+# %% ../nbs/01_losses.ipynb #3ea4aaad
+class TopK(NamedTuple):
+    "A teacher's k largest logits, and one bucket for all other classes."
+    values: Tensor # The largest logits, shape (B, k)
+    places: Tensor # Their classes, int64, shape (B, k)
+    tail: Tensor   # The bucket's logit at the temperature of the loss, shape (B, 1)
 
 def top_k(
     logits:Tensor,        # Raw scores, shape (B, C)
@@ -452,14 +479,16 @@ def top_k(
     values, places = upcast(logits).topk(k)
     return TopK(values, places, _tail(logits, places, temperature))
 
+# %% ../nbs/01_losses.ipynb #0985d566
 def collapse(
     student_logits:Tensor, # Raw scores, shape (B, C)
     teacher:TopK,          # Of the same temperature
     temperature:float=1.0  # T > 0
-) -> tuple:                # Logits of student and teacher over the same k + 1 classes, shape (B, k+1) each
+) -> tuple:                # Logits of student and teacher over the same k + 1 classes, (B, k+1)
     "Teacher and student with all classes that the teacher does not name merged into one."
-    mine = student_logits.gather(1, teacher.places), _tail(student_logits, teacher.places, temperature)
-    return torch.cat(mine, 1), torch.cat([teacher.values, teacher.tail], 1)
+    kept = student_logits.gather(1, teacher.places)
+    tail = _tail(student_logits, teacher.places, temperature)
+    return torch.cat([kept, tail], 1), torch.cat([teacher.values, teacher.tail], 1)
 
 # %% ../nbs/01_losses.ipynb #c8f331d8
 @patch
@@ -468,14 +497,6 @@ def check_top(self:DistillationLoss):
     name = getattr(getattr(self.divergence, 'func', self.divergence), '__name__', '')
     why = ('standardize=True' if self.standardize else
            name if self.wants_labels or name == 'dist_loss' else None)
-    if why: raise ValueError(f"the teacher must give the logits of all classes for {why}, but gives its largest "
-                             "and one bucket for the rest (TopK): kd_loss, reverse_kl_loss and jsd_loss take those.")
-
-@patch
-def collapsed(self:DistillationLoss,
-    student_logits:Tensor, # Raw scores, shape (B, C)
-    teacher:TopK           # The teacher's answers
-) -> tuple:                # Two tensors of shape (B, k+1)
-    "`collapse` at this loss's temperature, if the divergence can be computed on merged classes."
-    self.check_top()
-    return collapse(student_logits, teacher, self.temperature)
+    if why: raise ValueError(
+        f'the teacher must give the logits of all classes for {why}, but gives its largest and one '
+        'bucket for the rest (TopK): kd_loss, reverse_kl_loss and jsd_loss take those.')

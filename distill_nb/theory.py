@@ -6,7 +6,6 @@
 __all__ = ['plot_bars', 'plot_lines', 'soften', 'entropy']
 
 # %% ../nbs/00_theory.ipynb #bcefb198
-import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,20 +14,22 @@ from matplotlib import pyplot as plt
 # %% ../nbs/00_theory.ipynb #a8dffbb5
 def _numbers(x): return [v.item() if hasattr(v, 'item') else v for v in x]
 
+# %% ../nbs/00_theory.ipynb #9f9b9e16
 def plot_bars(
-    panels:dict,     # Title -> heights, one panel each
-    ticks=None,      # Names of the bars, 0, 1, 2... if None
-    ylabel:str='',   # Label of the leftmost axis
+    panels:dict,      # Title -> heights, one panel each
+    ticks=None,       # Names of the bars, 0, 1, 2... if None
+    ylabel:str='',    # Label of the leftmost axis
     sharey:bool=True, # One scale for all panels?
-    figsize=None     # Inches, (width, height)
+    figsize=None      # Inches, (width, height)
 ):
     "Bar charts side by side."
     size = figsize or (1.9 * len(panels), 1.9)
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=sharey, squeeze=False)
     for ax, (title, heights) in zip(axes[0], panels.items()):
-        ax.bar(range(len(heights)), _numbers(heights))
+        places = range(len(heights))
+        ax.bar(places, _numbers(heights))
         ax.set_title(title, fontsize=10)
-        ax.set_xticks(range(len(heights)), range(len(heights)) if ticks is None else ticks, fontsize=8)
+        ax.set_xticks(places, places if ticks is None else ticks, fontsize=8)
         ax.spines[['top', 'right']].set_visible(False)
     axes[0, 0].set_ylabel(ylabel)
     fig.tight_layout()

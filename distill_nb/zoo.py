@@ -14,10 +14,10 @@ from torch import nn
 
 from .files import different_names, read_weights, reason, stored_classes, whole
 from .models import (WideResNet, checked_state, digit_student, digit_teacher, evaluating,
-                               head_name, imagenet_weights, resnet110, resnet14, resnet18, resnet20,
-                               resnet32, resnet32x4, resnet34, resnet44, resnet50, resnet56,
-                               resnet8, resnet8x4, stem_name, transfer_weights, wrn_16_1, wrn_16_2,
-                               wrn_40_1, wrn_40_2)
+                               head_name, imagenet_weights, resnet110, resnet14, resnet18,
+                               resnet20, resnet32, resnet32x4, resnet34, resnet44, resnet50,
+                               resnet56, resnet8, resnet8x4, stem_name, transfer_weights, wrn_16_1,
+                               wrn_16_2, wrn_40_1, wrn_40_2)
 
 # %% ../nbs/zoo.ipynb #ce27b831
 _torchvision_resnets = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)

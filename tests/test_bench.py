@@ -12,15 +12,15 @@ from distill_nb.data import digits
 from distill_nb.models import count_macs
 from distill_nb.training import Recipe, Supervised, fit
 from distill_nb.zoo import build_model
-from distill_nb.bench import (CONTENDERS, bench_ratios, bench_rows, bench_text, distill_nb_bench, make_work,
-                              operations, race, take_turn, time_steps)
+from distill_nb.bench import (CONTENDERS, _make_work, _operations, _race, _ratios, _rows, bench_text, distill_nb_bench,
+                              take_turn, time_steps)
 from distill_nb.cli import run_command
 
 CPU = torch.device('cpu')
 
 
 @pytest.fixture(scope='module')
-def work(): return make_work('digits', 16, CPU)[0]
+def work(): return _make_work('digits', 16, CPU)[0]
 
 
 def command(*argv): return run_command(distill_nb_bench, [str(a) for a in argv])
@@ -68,20 +68,20 @@ def test_contenders_take_turns_until_each_has_its_steps():
 def test_operations_are_counted_by_hand(work):
     def macs(name): return count_macs(build_model(name, 10, 1, 8).eval(), torch.zeros(1, 1, 8, 8))
     teacher, student = macs('digit_teacher'), macs('digit_student')
-    assert operations(work, True) == 2*16*(3*student + teacher) and operations(work, False) == 6*16*student
+    assert _operations(work, True) == 2*16*(3*student + teacher) and _operations(work, False) == 6*16*student
 
 
 def test_rows_and_ratios_are_those_of_the_times(work):
     names = ('naive', 'cached', 'alone', 'live', 'teacher_forward')
     contenders = {n: SimpleNamespace(precision='float32', asks=n == 'naive') for n in names}
     times = {'naive': 0.8, 'cached': 0.11, 'alone': 0.1, 'live': 0.2, 'teacher_forward': 0.05}
-    rows = bench_rows(work, contenders, times, {'float32': 1e9}, dict.fromkeys(times, 5.))
+    rows = _rows(work, contenders, times, {'float32': 1e9}, dict.fromkeys(times, 5.))
     assert [r['contender'] for r in rows] == ['naive', 'cached', 'alone', 'live']
     cached = rows[1]
     assert cached['step_ms'] == pytest.approx(110) and cached['ratio_to_naive'] == pytest.approx(8/1.1)
-    assert cached['gflops']*1e9*0.11 == pytest.approx(operations(work, False))
+    assert cached['gflops']*1e9*0.11 == pytest.approx(_operations(work, False))
     assert cached['share_of_peak'] == pytest.approx(cached['gflops']) and cached['peak_mb'] == 5
-    assert list(bench_ratios(times).values()) == pytest.approx([0.8/0.11, 1.1, 0.2/0.15])
+    assert list(_ratios(times).values()) == pytest.approx([0.8/0.11, 1.1, 0.2/0.15])
 
 
 def test_the_command_writes_a_result(tmp_path, monkeypatch, capsys):
@@ -98,14 +98,14 @@ def test_the_command_writes_a_result(tmp_path, monkeypatch, capsys):
     assert 0 < sum(p['share'] for p in r['profile']) <= 1.001
     printed = capsys.readouterr().out
     assert bench_text(r) in printed and 'cached / alone' in printed
-    monkeypatch.setattr(bench, 'peak_memory', lambda *_: None)  # no process of its own for each contender
+    monkeypatch.setattr(bench, '_peak_memory', lambda *_: None)  # no process of its own for each contender
     assert command(*argv) == 0 and json.loads(out.read_text())['rows'][0]['peak_mb'] is None  # over its own result
 
 
 def test_an_absent_library_is_said_in_a_line(monkeypatch, capsys):
     import importlib.util
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    assert bench.available() == [n for n in CONTENDERS if n != 'torchdistill']
+    assert bench._available() == [n for n in CONTENDERS if n != 'torchdistill']
     assert capsys.readouterr().err.count('\n') == 1
 
 
@@ -116,21 +116,21 @@ def test_the_race_is_run_on_real_images_until_the_accuracy_is_reached(tmp_path, 
     recipe = Recipe(epochs=2, batch_size=64, optimizer='adamw', lr=3e-3, precision='float32')
     fit(Supervised(teacher), train, recipe)
     save_weights(teacher, tmp_path/'teacher.safetensors')
-    work, splits = make_work('digits', 64, CPU, 'digits', teacher_weights=str(tmp_path/'teacher.safetensors'))
-    rows = race(work, splits.valid, 1)
+    work, splits = _make_work('digits', 64, CPU, 'digits', teacher_weights=str(tmp_path/'teacher.safetensors'))
+    rows = _race(work, splits.valid, 1)
     assert rows[0]['contender'] == 'naive' and all(r['contender'] == 'cached' for r in rows[1:])
-    assert [r['epochs'] for r in rows[1:]] == list(bench.LENGTHS[:len(rows) - 1])
+    assert [r['epochs'] for r in rows[1:]] == list(bench._LENGTHS[:len(rows) - 1])
     assert all(r['accuracy'] < rows[0]['accuracy'] for r in rows[1:-1])
     assert all(0 < r['accuracy'] <= 1 and r['seconds'] > 0 for r in rows)
-    assert rows[-1]['accuracy'] >= rows[0]['accuracy'] or len(rows) == 1 + len(bench.LENGTHS)
+    assert rows[-1]['accuracy'] >= rows[0]['accuracy'] or len(rows) == 1 + len(bench._LENGTHS)
 
 
 def test_a_teacher_of_other_classes_is_refused_where_there_are_real_images(tmp_path):
     path = tmp_path/'teacher.safetensors'
     save_weights(build_model('digit_teacher', 10, 1, 8), path, classes=list('abcdefghij'))
-    make_work('digits', 64, CPU, teacher_weights=str(path))  # noise has no classes
+    _make_work('digits', 64, CPU, teacher_weights=str(path))  # noise has no classes
     with pytest.raises(ValueError, match="other classes than the data: only the file has 'a'"):
-        make_work('digits', 64, CPU, 'digits', teacher_weights=str(path))
+        _make_work('digits', 64, CPU, 'digits', teacher_weights=str(path))
 
 
 @pytest.mark.parametrize('argv,said', [

@@ -68,7 +68,7 @@ def test_views_are_even_and_independent_of_their_neighbours():
         assert chi2(pairs) < 2499 + 4*(2*2499)**0.5
 
 
-EPOCH = '''
+EPOCH = '''from distill_nb.data import CropFlip, ImageData, ResizedCrop, epoch_order
 import hashlib, torch
 def epoch(batch_size):
     "Hash of order, views and pixels of one epoch."

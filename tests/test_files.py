@@ -168,8 +168,6 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
     path, code = tmp_path/'w.safetensors', """
 import os, signal, sys
-from distill_nb.files import save_weights
-from distill_nb.models import digit_student
 save_weights(digit_student(), sys.argv[1], run='first')
 os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
 save_weights(digit_student(), sys.argv[1], run='second')"""

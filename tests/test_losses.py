@@ -53,7 +53,8 @@ def ref_dkd(z, v, y, T, alpha, beta):
     for (q, p), t in zip(pairs(z, v, T), y):
         rest_p, rest_q = (sum(x for i, x in enumerate(d) if i != t) for d in (p, q))
         tckd = p[t] * torch.log(p[t] / q[t]) + rest_p * torch.log(rest_p / rest_q)
-        nckd = sum((a / rest_p) * torch.log((a / rest_p) / (b / rest_q)) for i, (a, b) in enumerate(zip(p, q)) if i != t)
+        others = [(a / rest_p, b / rest_q) for i, (a, b) in enumerate(zip(p, q)) if i != t]
+        nckd = sum(a * torch.log(a / b) for a, b in others)
         total = total + alpha * tckd + beta * nckd
     return T**2 * total / len(z)
 
@@ -148,8 +149,9 @@ def compare(loss, reference, z, rtol=1e-8, atol=1e-11):
 
 def losses(y):
     "Every loss as a function of (student, teacher), by name."
-    return {'kd': kd_loss, 'reverse': reverse_kl_loss, 'jsd': jsd_loss, 'jsd_0.1': partial(jsd_loss, beta=0.1), 'dist': dist_loss,
-            'dkd': lambda z, v: dkd_loss(z, v, y), 'combined': lambda z, v: DistillationLoss()(z, v, y),
+    return {'kd': kd_loss, 'reverse': reverse_kl_loss, 'jsd': jsd_loss, 'jsd_0.1': partial(jsd_loss, beta=0.1),
+            'dist': dist_loss, 'dkd': lambda z, v: dkd_loss(z, v, y),
+            'combined': lambda z, v: DistillationLoss()(z, v, y),
             'standardised': lambda z, v: DistillationLoss(standardize=True)(z, v, y),
             'standardised_dist': lambda z, v: DistillationLoss(divergence=dist_loss, standardize=True)(z, v, y)}
 
@@ -186,22 +188,24 @@ def test_dkd(seed, B, C, scale, T, alpha, beta):
 @given(inter=st.sampled_from([0., 1., 2.]), intra=st.sampled_from([0., 1., 3.]), **cases)
 def test_dist(seed, B, C, scale, T, inter, intra):
     z, v, _ = draw(seed, B, C, scale)
-    compare(lambda z: dist_loss(z, v, T, inter, intra), lambda z: ref_dist(z, v, T, inter, intra), z, rtol=1e-5, atol=1e-7)
+    compare(lambda z: dist_loss(z, v, T, inter, intra), lambda z: ref_dist(z, v, T, inter, intra), z,
+            rtol=1e-5, atol=1e-7)
 
 @quick
 @given(**cases)
 def test_standardize(seed, B, C, scale, T):
     z, v, _ = draw(seed, B, C, scale)
     torch.testing.assert_close(standardize(z), ref_standardize(z))
-    compare(lambda z: DistillationLoss(T, 1., standardize=True)(z, v), lambda z: ref_kd(ref_standardize(z), ref_standardize(v), T), z,
-            rtol=1e-6, atol=1e-9)
+    compare(lambda z: DistillationLoss(T, 1., standardize=True)(z, v),
+            lambda z: ref_kd(ref_standardize(z), ref_standardize(v), T), z, rtol=1e-6, atol=1e-9)
 
 @quick
 @given(alpha=st.floats(0, 1), unlabelled=st.integers(0, 4), **cases)
 def test_combined(seed, B, C, scale, T, alpha, unlabelled):
     z, v, y = draw(seed, B, C, scale)
     y[:unlabelled] = UNLABELLED
-    compare(lambda z: DistillationLoss(T, alpha)(z, v, y), lambda z: (1 - alpha) * ref_ce(z, y) + alpha * ref_kd(z, v, T) + 0 * z.sum(), z)
+    def by_hand(z): return (1 - alpha) * ref_ce(z, y) + alpha * ref_kd(z, v, T) + 0 * z.sum()
+    compare(lambda z: DistillationLoss(T, alpha)(z, v, y), by_hand, z)
 
 @quick
 @given(**{k: cases[k] for k in ('seed', 'B', 'C', 'scale')})
@@ -294,7 +298,8 @@ def test_alpha_one_ignores_labels():
     z, v, y = draw(7, 16, 10, 3.)
     loss = DistillationLoss(temperature=3, alpha=1)
     want = kd_loss(z, v, 3)
-    for labels in (y, None, y.flip(0), torch.full_like(y, UNLABELLED), torch.full_like(y, 999)): assert torch.equal(loss(z, v, labels), want)
+    for labels in (y, None, y.flip(0), torch.full_like(y, UNLABELLED), torch.full_like(y, 999)):
+        assert torch.equal(loss(z, v, labels), want)
 
 def test_at_temperature_one_the_loss_is_a_mixed_target():
     z, v, y = draw(8, 8, 5, 2.)
@@ -421,7 +426,8 @@ def draw_anywhere(seed, C, scale, noise, shift, masked):
 @every_divergence
 @settings(deadline=None, max_examples=100)
 @given(seed=st.integers(0, 2**31), C=st.integers(2, 6), scale=st.floats(-8, 6), noise=st.floats(-12, 3),
-       shift=st.floats(-1e4, 1e4), T=st.floats(-6, 6), masked=st.sampled_from(['nothing', 'student', 'teacher', 'both']))
+       shift=st.floats(-1e4, 1e4), T=st.floats(-6, 6),
+       masked=st.sampled_from(['nothing', 'student', 'teacher', 'both']))
 def test_never_negative_and_no_nan(name, seed, C, scale, noise, shift, T, masked):
     "A divergence is never negative, and its gradient is a number, for all logits, masks and temperatures."
     z, v, y = draw_anywhere(seed, C, scale, noise, shift, masked)
@@ -461,7 +467,9 @@ def test_dist_is_right_at_every_temperature(T):
     value, grad = value_and_grad(lambda z: dist_loss(z, v.float(), T, 1., 2.), z.float())
     want, want_grad = value_and_grad(lambda z: ref_dist(z, v.float().double(), T, 1., 2.), z.float().double())
     assert near(value, want, 1e-4, 1) and near(grad, want_grad, 1e-4, 1)
-    if T == 1e6: assert near(dist_loss(z, v, T, 1., 0.), T**2 * sum(1 - ref_pearson(a, b) for a, b in zip(z, v)) / 6, 1e-4, 1)
+    if T == 1e6:
+        of_logits = T**2 * sum(1 - ref_pearson(a, b) for a, b in zip(z, v)) / 6
+        assert near(dist_loss(z, v, T, 1., 0.), of_logits, 1e-4, 1)
 
 
 # ---- masked classes ----
@@ -549,7 +557,8 @@ def test_reductions(loss):
     torch.testing.assert_close(loss(z, v, **extra, reduction='sum'), each.sum())
     torch.testing.assert_close(loss(z, v, **extra), each.mean())            # divided by B = 6, not by B·C = 120
     torch.testing.assert_close(each[2:3].mean(), loss(z[2:3], v[2:3], **{k: l[2:3] for k, l in extra.items()}))
-    with pytest.raises(ValueError, match="reduction must be 'batchmean', 'sum' or 'none', but is 'mean'"): loss(z, v, **extra, reduction='mean')
+    with pytest.raises(ValueError, match="reduction must be 'batchmean', 'sum' or 'none', but is 'mean'"):
+        loss(z, v, **extra, reduction='mean')
 
 def test_unlabelled_rows_have_no_hard_part():
     z, v, y = draw(14, 8, 5, 2.)
@@ -566,7 +575,8 @@ def test_unlabelled_rows_have_no_hard_part():
 
 def test_parts_sum_to_the_loss():
     z, v, y = draw(15, 8, 5, 2.)
-    for loss in (DistillationLoss(2., 0.3), DistillationLoss(2., 0.3, dist_loss), DistillationLoss(2., 0.3, partial(dkd_loss, beta=2.)),
+    for loss in (DistillationLoss(2., 0.3), DistillationLoss(2., 0.3, dist_loss),
+                 DistillationLoss(2., 0.3, partial(dkd_loss, beta=2.)),
                  DistillationLoss(2., 0.3, partial(jsd_loss, beta=0.1), standardize=True)):
         parts = loss.parts(z, v, y)
         assert list(parts) == ['hard', 'soft']
@@ -668,8 +678,8 @@ def test_dist_hears_classes_that_no_image_resembles():
 def test_log_soften_and_upcast():
     x = torch.tensor([[1., 2., 4.]])
     torch.testing.assert_close(log_soften(x, 2.).exp(), (x / 2).exp() / (x / 2).exp().sum())
-    kinds = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64,
-             torch.int64: torch.float32}
+    kinds = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32,
+             torch.float64: torch.float64, torch.int64: torch.float32}
     for given_, want in kinds.items(): assert upcast(x.to(given_)).dtype == want
 
 def test_the_module_compiles_whole_and_copies():
@@ -695,9 +705,11 @@ z, v, y = draw(0, 4, 5, 1.)
 
 @pytest.mark.parametrize('T', [0, -1., math.nan, math.inf, 1e7, 1e-7, None, '4', True, torch.tensor(4.)])
 def test_temperature_must_be_positive(T):
-    for call in (lambda: kd_loss(z, v, T), lambda: reverse_kl_loss(z, v, T), lambda: jsd_loss(z, v, T), lambda: dkd_loss(z, v, y, T),
-                 lambda: dist_loss(z, v, T), lambda: DistillationLoss(temperature=T)):
-        with pytest.raises(ValueError, match=rf'temperature must be a finite number greater than 0 \(from 1e-6 to 1e6\), but is {re.escape(repr(T))}\.'): call()
+    refused = (r'temperature must be a finite number greater than 0 \(from 1e-6 to 1e6\), '
+               rf'but is {re.escape(repr(T))}\.')
+    for call in (lambda: kd_loss(z, v, T), lambda: reverse_kl_loss(z, v, T), lambda: jsd_loss(z, v, T),
+                 lambda: dkd_loss(z, v, y, T), lambda: dist_loss(z, v, T), lambda: DistillationLoss(temperature=T)):
+        with pytest.raises(ValueError, match=refused): call()
 
 @pytest.mark.parametrize('T', [1e-6, 1e6])
 def test_the_ends_of_the_range_of_temperatures_give_numbers(T):
@@ -712,9 +724,11 @@ def test_alpha_must_be_a_share(alpha):
 
 @pytest.mark.parametrize('beta', [0, 1, -0.5, 2., math.nan])
 def test_beta_must_lie_inside(beta):
-    with pytest.raises(ValueError, match=rf'beta must be strictly between 0 and 1 \(.*\), but is {beta}\.'): jsd_loss(z, v, beta=beta)
+    with pytest.raises(ValueError, match=rf'beta must be strictly between 0 and 1 \(.*\), but is {beta}\.'):
+        jsd_loss(z, v, beta=beta)
 
-@pytest.mark.parametrize('shapes', [((4, 5), (4, 6)), ((4, 5), (3, 5)), ((4, 5), (1, 5)), ((5,), (5,)), ((2, 4, 5), (2, 4, 5))])
+@pytest.mark.parametrize('shapes', [((4, 5), (4, 6)), ((4, 5), (3, 5)), ((4, 5), (1, 5)), ((5,), (5,)),
+                                    ((2, 4, 5), (2, 4, 5))])
 def test_shapes_must_agree(shapes):
     a, b = map(torch.zeros, shapes)
     for loss in (kd_loss, reverse_kl_loss, jsd_loss, dist_loss, partial(dkd_loss, labels=y), DistillationLoss(alpha=1)):
@@ -725,8 +739,9 @@ def test_shapes_must_agree(shapes):
 @pytest.mark.parametrize('label', [5, -1, -101, 1000])
 def test_labels_must_be_classes(label):
     bad = torch.tensor([0, 1, label, 2])
+    refused = rf'labels must lie in 0\.\.4 or be -100 \(unlabelled\), but one is {label}'
     for call in (lambda: hard_loss(z, bad), lambda: dkd_loss(z, v, bad), lambda: DistillationLoss()(z, v, bad)):
-        with pytest.raises(ValueError, match=rf'labels must lie in 0\.\.4 or be -100 \(unlabelled\), but one is {label}'): call()
+        with pytest.raises(ValueError, match=refused): call()
 
 @pytest.mark.parametrize('bad', [None, y[:3], y.float(), y > 1, F.one_hot(y, 5)])
 def test_labels_must_be_integers_one_for_each_row(bad):
@@ -737,14 +752,15 @@ def test_labels_may_be_of_any_integer_type():
     for dtype in (torch.int32, torch.uint8): assert torch.equal(hard_loss(z, y.to(dtype)), hard_loss(z, y))
 
 def test_numbers_of_other_libraries_are_numbers():
-    assert torch.equal(kd_loss(z, v, np.float32(2)), kd_loss(z, v, 2)) and torch.equal(kd_loss(z, v, np.int64(2)), kd_loss(z, v, 2))
+    for two in (np.float32(2), np.int64(2)): assert torch.equal(kd_loss(z, v, two), kd_loss(z, v, 2))
 
 @pytest.mark.parametrize('shape', [(4, 1), (4, 0), (0, 5), (0, 0)])
 @every_loss
 def test_rows_and_classes_must_be_there(name, shape):
     "One output means two classes: a softmax over it is 1 whatever the network says."
     x, labels = torch.zeros(shape, requires_grad=True), torch.zeros(shape[0], dtype=torch.long)
-    with pytest.raises(ValueError, match='at least 1 row and one logit for each of at least 2 classes') as e: losses(labels)[name](x, x)
+    with pytest.raises(ValueError, match='at least 1 row and one logit for each of at least 2 classes') as e:
+        losses(labels)[name](x, x)
     assert ('give the logits 0 and z' in str(e.value)) == (shape == (4, 1)) and str(shape) in str(e.value)
 
 @pytest.mark.parametrize('shape', [(4, 1), (4, 0), (0, 5), (5,), (2, 4, 5)])
@@ -759,20 +775,23 @@ def test_two_classes_are_enough():
 @pytest.mark.parametrize('value', [-0.5, math.nan, math.inf, None, 'much', True])
 def test_weights_must_be_finite_and_at_least_0(value):
     refused = rf'must be a finite number of at least 0, but is {re.escape(repr(value))}\.'
-    for name, call in (('alpha', partial(dkd_loss, z, v, y)), ('beta', partial(dkd_loss, z, v, y)), ('inter', partial(dist_loss, z, v)),
-                       ('intra', partial(dist_loss, z, v))):
+    for name, call in (('alpha', partial(dkd_loss, z, v, y)), ('beta', partial(dkd_loss, z, v, y)),
+                       ('inter', partial(dist_loss, z, v)), ('intra', partial(dist_loss, z, v))):
         with pytest.raises(ValueError, match=f'{name} {refused}'): call(**{name: value})
 
 def test_weights_of_rows_must_fit_the_rows():
     for beta in (torch.ones(3), torch.ones(4, 1), torch.ones(4, 5)):
-        with pytest.raises(ValueError, match='beta must be a number, or a tensor of 4 numbers, one for each row'): dkd_loss(z, v, y, beta=beta)
+        with pytest.raises(ValueError, match='beta must be a number, or a tensor of 4 numbers, one for each row'):
+            dkd_loss(z, v, y, beta=beta)
     for bad in (-1., math.nan, math.inf):
-        with pytest.raises(ValueError, match='beta must be finite and at least 0'): dkd_loss(z, v, y, beta=torch.tensor([1., 1., bad, 1.]))
+        with pytest.raises(ValueError, match='beta must be finite and at least 0'):
+            dkd_loss(z, v, y, beta=torch.tensor([1., 1., bad, 1.]))
     assert torch.equal(dkd_loss(z, v, y, beta=torch.tensor(8.)), dkd_loss(z, v, y))
 
 @pytest.mark.parametrize('value', [-0.5, 1., math.nan, None, True])
 def test_label_smoothing_must_be_a_share(value):
-    with pytest.raises(ValueError, match=rf'label_smoothing must be at least 0 and less than 1, but is {value}\.'): hard_loss(z, y, value)
+    with pytest.raises(ValueError, match=rf'label_smoothing must be at least 0 and less than 1, but is {value}\.'):
+        hard_loss(z, y, value)
 
 
 # ---- the k largest logits and a bucket ----
@@ -796,7 +815,8 @@ def test_a_bucket_is_the_divergence_of_merged_classes_with_its_gradient(k, T):
     loss = DistillationLoss(T, 1.)(z32, top_k(v, k, T))
     expected = ref_bucket(z64, v.double(), k, T)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(*(torch.autograd.grad(f, x)[0].double() for f, x in ((loss, z32), (expected, z64))), rtol=1e-3, atol=1e-5)
+    grad, expected_grad = (torch.autograd.grad(f, x)[0].double() for f, x in ((loss, z32), (expected, z64)))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-5)
 
 
 @quick

@@ -2,8 +2,8 @@
 import json, math
 
 import pytest, torch
-from distill_nb.data import digits
 from distill_nb.files import fingerprint, read_weights, save_weights, stored_classes
+from distill_nb.data import digits
 from distill_nb.models import digit_student, digit_teacher, head_name, resnet8
 from distill_nb.zoo import build_model, load_teacher, load_weights, make_teacher, model_names, normalisation_of
 from networks import bits, same
