@@ -332,7 +332,7 @@ class ModelCost(NamedTuple):
 # %% ../nbs/03_models.ipynb #0065230d
 @contextmanager
 def evaluating(
-    model:nn.Module, # Put into eval mode inside; afterwards each part has its own mode again
+    model:nn.Module, # Put into eval mode inside; every submodule gets its own mode back afterwards
 ):
     "Evaluate `model` inside the `with` block, without gradients, and leave its mode as it was."
     modes = [(m, m.training) for m in model.modules()]

@@ -168,9 +168,10 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
     path, code = tmp_path/'w.safetensors', """
 import os, signal, sys
-save_weights(digit_student(), sys.argv[1], run='first')
+from distill_nb import files, models
+files.save_weights(models.digit_student(), sys.argv[1], run='first')
 os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
-save_weights(digit_student(), sys.argv[1], run='second')"""
+files.save_weights(models.digit_student(), sys.argv[1], run='second')"""
     assert subprocess.run([sys.executable, '-c', code, str(path)]).returncode == -signal.SIGKILL
     assert read_weights(path)[1]['run'] == 'first'
 
