@@ -186,7 +186,7 @@ class Cached(Ours):
     asks = False
     def __init__(self, work):
         teacher, student = work.models()
-        cached = CachedTeacher(teacher, work.data, views=min(2, work.data.n_views)).fill(work.batch_size, device=work.device.type, progress=False)
+        cached = CachedTeacher(teacher, work.data.replace(views=min(2, work.data.n_views))).fill(work.batch_size, device=work.device.type, progress=False)
         super().__init__(work, Distill(student, cached, examine=False), cached.data)
 
 class Alone(Ours):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .files import must
 from .losses import check_weight, kd_loss, upcast
 from .data import Batch
-from .models import head_name
-from .training import Frozen, device_of, evaluating, seed_noise
+from .models import evaluating, head_name
+from .training import Frozen, device_of, seed_noise
 from .logits import Distill
 
 # %% ../nbs/07_features.ipynb #53070046

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .losses import UNLABELLED, DistillationLoss, kd_loss
 from .data import Batch
-from .training import (Frozen, Objective, check_answers, check_classes, device_of,
-                                 evaluating, predict)
+from .models import evaluating
+from .training import Frozen, Objective, check_answers, check_classes, device_of, predict
 
 # %% ../nbs/05_logits.ipynb #aba78c22
 class _Exam(NamedTuple):

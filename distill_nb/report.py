@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'about_data', 'head_of', 'as_json', 'as_png', 'Result', 'stored_result', 'result_table', 'show_setting',
-           'verdicts', 'free_text', 'plot_curves', 'draw_curves', 'draw_comparison', 'draw_learning', 'draw_images',
-           'make_report']
+           'verdicts', 'free_text', 'draw_curves', 'draw_comparison', 'draw_learning', 'draw_images', 'make_report']
 
 # %% ../nbs/report.ipynb #66921917
 import base64, html, io, json, re
@@ -16,7 +15,7 @@ import torch
 
 from .files import must
 from .data import show_images
-from .training import environment
+from .training import environment, plot_curves
 from .compare import Table, share_interval, table
 
 # %% ../nbs/report.ipynb #2ab0907b
@@ -171,23 +170,6 @@ def free_text(
             f"{100 * student['accuracy']:.2f} % on the test split, {100 * share:.1f} % of the "
             f"teacher's accuracy ({took}).")
 
-# %% ../nbs/report.ipynb #4c61d1e1
-def plot_curves(histories, axes, smooth=40):
-    left, right = axes
-    several = len(histories) > 1
-    for i, (name, h) in enumerate(histories.items()):
-        for j, (style, (part, values)) in enumerate(zip(('-', ':', '--', '-.') * 4, h.losses.items())):
-            width = max(1, len(values) // smooth)
-            t = torch.tensor(values).unfold(0, width, 1).mean(1)
-            left.plot(range(width - 1, len(values)), t, style, color=f'C{i}' if several else f'C{j}', label=f'{name}: {part}' if name else part)
-        measured = [x for x in h.rows if 'accuracy' in x]
-        right.plot([x['step'] for x in measured], [x['accuracy'] for x in measured], color=f'C{i}', marker='.', label=name)
-    left.set(xlabel='step', ylabel='loss')
-    right.set(xlabel='step', ylabel='validation accuracy')
-    many = len(histories) > 4
-    if not many: left.legend()
-    if several: right.legend(fontsize='xx-small' if many else None, ncols=2 if many else 1)
-
 # %% ../nbs/report.ipynb #d3c7188e
 def _figure(rows, height):
     from matplotlib.figure import Figure
@@ -200,7 +182,7 @@ def draw_curves(
     "Losses of the first seed's runs, and validation accuracy over the steps."
     fig, axes = _figure(len(comparisons), 2.8)
     for (setting, comparison), pair in zip(comparisons.items(), axes):
-        plot_curves(comparison.histories, pair, smooth=40)
+        plot_curves(comparison.histories, pair)
         pair[0].set_title(setting.replace('_', ' '))
         pair[1].set_title('first seed')
     return fig
@@ -229,9 +211,8 @@ def draw_learning(
 ): # A matplotlib figure
     "The losses of each step, and the accuracy over the steps where it was measured."
     fig, axes = _figure(1, 2.8)
-    plot_curves({'': history}, axes[0], smooth=1)
+    plot_curves({'student': history}, axes[0])
     axes[0, 0].set_yscale('symlog')
-    axes[0, 1].set_visible(any('accuracy' in r for r in history.rows))
     return fig
 
 # %% ../nbs/report.ipynb #6294b889

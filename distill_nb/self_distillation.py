@@ -22,9 +22,8 @@ from .files import must
 from .losses import (UNLABELLED, DistillationLoss, check_logits, check_temperature,
                                check_weight, hard_loss, log_soften, upcast)
 from .data import Batch, mix
-from .models import count_macs
-from .training import (Objective, Supervised, device_of, evaluate, evaluating, fit,
-                                 fit_device, placed)
+from .models import count_macs, evaluating
+from .training import Objective, Supervised, device_of, evaluate, fit, fit_device, placed
 from .logits import Distill
 from .features import find_layers, head_input, listening, stage_names, tap
 

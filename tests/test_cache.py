@@ -17,7 +17,7 @@ from distill_nb.folders import image_folder
 from distill_nb.models import digit_student
 from distill_nb.training import Frozen, Objective, Recipe, Supervised, fit, plan
 from distill_nb.logits import Distill
-from distill_nb.cache import HEAD, CachedTeacher, Form, checksum
+from distill_nb.cache import _HEAD, CachedTeacher, _Form, _checksum
 
 
 def make_data(n=60, pad=1, **kw):
@@ -46,7 +46,8 @@ def trained():
 def everything(data, size=32):
     "All views of all images, in batches."
     for number in range(data.n_views):
-        for index in torch.arange(len(data)).split(size): yield data.get(index, data.view_at(index, torch.full_like(index, number)))
+        for index in torch.arange(len(data)).split(size):
+            yield data.get(index, data.view_at(index, torch.full_like(index, number)))
 
 
 def wrong(cached, teacher, data, size=32):
@@ -60,7 +61,7 @@ def wrong(cached, teacher, data, size=32):
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
 def test_records_hold_what_the_type_holds(dtype):
     v = 10*torch.randn(50, 7)
-    form = Form(7, dtype)
+    form = _Form(7, dtype)
     records = form.pack(v)
     assert records.dtype == torch.int16 and records.shape == (50, form.words)
     assert torch.equal(form.unpack(records), v.to(getattr(torch, dtype)).float())
@@ -69,7 +70,7 @@ def test_records_hold_what_the_type_holds(dtype):
 @pytest.mark.parametrize('C,k,T', [(4, 1, 1.), (4, 3, 1.), (100, 10, 4.), (40_000, 5, 2.)])
 def test_top_logits_keep_their_probabilities_and_the_mass_of_the_rest(C, k, T):
     v = 5*torch.randn(6, C)
-    form = Form(C, 'float32', top=k, temperature=T)
+    form = _Form(C, 'float32', top=k, temperature=T)
     records = form.pack(form.shorten(v))
     told = form.unpack(records)
     assert records.shape == (6, form.words) and [t.shape for t in told] == [(6, k), (6, k), (6, 1)]
@@ -84,14 +85,15 @@ def test_top_logits_keep_their_probabilities_and_the_mass_of_the_rest(C, k, T):
 
 def test_a_checksum_sees_every_bit_and_the_place():
     records, rows = torch.randint(-2**15, 2**15, (64, 12), dtype=torch.int16), torch.arange(64)
-    good = checksum(records, rows)
+    good = _checksum(records, rows)
     assert good.any(1).all()
     for word in range(12):
         for bit in range(16):
             other = records.clone()
             other[:, word] ^= torch.tensor(1 << bit).short() if bit < 15 else torch.tensor(-2**15).short()
-            assert (checksum(other, rows) != good).any(1).all()
-    assert (checksum(records, rows.flip(0)) != good).any(1).all() and (checksum(torch.zeros_like(records), rows) != 0).any(1).all()
+            assert (_checksum(other, rows) != good).any(1).all()
+    assert (_checksum(records, rows.flip(0)) != good).any(1).all()
+    assert (_checksum(torch.zeros_like(records), rows) != 0).any(1).all()
 
 
 # --- the same answers as the live teacher
@@ -127,7 +129,7 @@ def test_each_precision_has_its_own_answers(tmp_path):
 def test_any_order_of_questions(draw):
     data, teacher = make_data(20), make_teacher()
     views = draw.draw(st.integers(1, 9))
-    cached, live, first = CachedTeacher(teacher, data, views=views), Frozen(teacher), {}
+    cached, live, first = CachedTeacher(teacher, data.replace(views=views)), Frozen(teacher), {}
     for _ in range(draw.draw(st.integers(1, 5))):
         pairs = draw.draw(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 8)), min_size=1, max_size=30))
         batch = data.get(*(torch.tensor(t) for t in zip(*pairs)))
@@ -140,12 +142,12 @@ def test_any_order_of_questions(draw):
 
 def test_views_that_are_not_kept_are_answered_live():
     data, teacher = make_data(), make_teacher()
-    cached = CachedTeacher(teacher, data, views=2, dtype='float32').fill(precision='float32')
+    cached = CachedTeacher(teacher, data.replace(views=2), dtype='float32').fill(precision='float32')
     assert cached.asked == 120
     index = torch.arange(60)
     outside = data.get(index, data.view_at(index, torch.full_like(index, 5)))
     cached._tables[torch.float32].left = 1  # as if one were still missing: then it looks at each
-    assert torch.equal(cached(outside), Frozen(teacher)(outside)) and torch.equal(cached(outside), Frozen(teacher)(outside))
+    for _ in range(2): assert torch.equal(cached(outside), Frozen(teacher)(outside))
     assert cached.asked == 240
 
 
@@ -183,10 +185,13 @@ def test_files_on_disk_are_asked_about_too(tmp_path):
     for split in ('train', 'test'):
         for name in ('a', 'b'):
             (tmp_path/split/name).mkdir(parents=True)
-            for i in range(12): Image.fromarray(torch.randint(0, 256, (8, 8), dtype=torch.uint8).numpy()).save(tmp_path/split/name/f'{i}.png')
+            for i in range(12):
+                pixels = torch.randint(0, 256, (8, 8), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path/split/name/f'{i}.png')
     data = image_folder(tmp_path, max_bytes=1, workers=0).train.replace(augment=CropFlip(1))
     teacher = digit_student(2)
-    cached = CachedTeacher(teacher, data, tmp_path/'answers', views=3, dtype='float32').fill(batch_size=8, precision='float32')
+    cached = CachedTeacher(teacher, data.replace(views=3), tmp_path/'answers', dtype='float32')
+    cached.fill(batch_size=8, precision='float32')
     assert wrong(cached, teacher, cached.data, 8) < 1e-5 and cached.asked == cached.rows
 
 
@@ -201,7 +206,8 @@ def test_the_teacher_stays_frozen_hidden_and_the_same():
     teacher.train()
     fit(objective, data, Recipe(steps=5, batch_size=20, precision='float32'), valid)
     assert fingerprint(teacher.state_dict()) == before and not any(m.training for m in teacher.modules())
-    assert not list(cached.parameters()) and not cached.state_dict() and not any(k.startswith('teacher') for k in objective.state_dict())
+    assert not list(cached.parameters()) and not cached.state_dict()
+    assert not any(k.startswith('teacher') for k in objective.state_dict())
 
 
 def test_a_frozen_or_cached_teacher_can_be_given_instead_of_the_model():
@@ -248,10 +254,11 @@ def test_an_index_that_is_none_is_never_kept(index):
 
 def test_a_full_cache_answers_other_views_live_as_well():
     teacher, train, valid = trained()
-    cached = CachedTeacher(teacher, train, views=2).fill(precision='float32')
+    cached = CachedTeacher(teacher, train.replace(views=2)).fill(precision='float32')
     batch = train.get(torch.arange(50))
     torch.testing.assert_close(cached(batch), Frozen(teacher)(batch), rtol=2e-3, atol=1e-4)
-    fit(Distill(digit_student(), cached), cached.data, Recipe(steps=3, batch_size=64, augment=False, precision='float32'), valid)
+    recipe = Recipe(steps=3, batch_size=64, augment=False, precision='float32')
+    fit(Distill(digit_student(), cached), cached.data, recipe, valid)
 
 
 def test_answers_that_were_asked_for_in_inference_mode_serve_training():
@@ -280,7 +287,8 @@ def test_an_objective_without_a_check_of_its_own_is_checked_all_the_same():
             super().__init__(model)
             self.teacher = teacher
         def forward(self, batch): return {'soft': (self.model(batch.x) - self.teacher(batch)).square().mean()}
-    with pytest.raises(ValueError, match='other images'): fit(Plain(digit_student(), CachedTeacher(teacher, train)), valid, Recipe(steps=1, batch_size=10))
+    objective = Plain(digit_student(), CachedTeacher(teacher, train))
+    with pytest.raises(ValueError, match='other images'): fit(objective, valid, Recipe(steps=1, batch_size=10))
 
 
 # --- what an objective changes
@@ -308,12 +316,12 @@ def changing(teacher, change):
 @pytest.mark.parametrize('change', [mixed, smaller, swapped])
 def test_an_objective_that_changes_the_images_is_refused_and_leaves_the_answers_alone(full, change, tmp_path):
     teacher, train, valid = trained()
-    cached = CachedTeacher(teacher, train, tmp_path, views=1, dtype='float32')
+    cached = CachedTeacher(teacher, train.replace(views=1), tmp_path, dtype='float32')
     if full: cached.fill(precision='float32')
     for _ in range(2):  # every run, not only the first
         with pytest.raises(ValueError, match='gives index -1'):
             fit(changing(cached, change), cached.data, Recipe(steps=3, batch_size=64, precision='float32'), valid)
-    again = CachedTeacher(teacher, train, tmp_path, views=1, dtype='float32')
+    again = CachedTeacher(teacher, train.replace(views=1), tmp_path, dtype='float32')
     assert wrong(again, teacher, cached.data, 256) < 1e-4 and (again.asked == 0) == full
 
 
@@ -329,19 +337,20 @@ def test_one_changed_row_among_many_is_counted():
 def test_a_change_is_found_later_as_well_wherever_the_teacher_is_asked():
     data, teacher = make_data(), make_teacher()
     cached = CachedTeacher(teacher, data)
-    for i in range(cache.LOOK + 2): cached(data.get(torch.arange(3*i, 3*i + 3)))
+    for i in range(cache._LOOK + 2): cached(data.get(torch.arange(3*i, 3*i + 3)))
     with pytest.raises(ValueError, match='gives index -1'): cached(mixed(data.get(torch.arange(40, 50))))
 
 
 def test_index_minus_one_asks_the_live_teacher_and_keeps_nothing(tmp_path):
     teacher, train, valid = trained()
-    cached = CachedTeacher(teacher, train, tmp_path, views=1, dtype='float32')
+    cached = CachedTeacher(teacher, train.replace(views=1), tmp_path, dtype='float32')
     recipe = Recipe(steps=12, batch_size=64, precision='float32')
     for asked in (12*64, 24*64):
         objectives = [changing(t, declared) for t in (cached, Frozen(teacher))]
         for objective in objectives: fit(objective, cached.data, recipe, valid)
-        assert fingerprint(objectives[0].model.state_dict()) == fingerprint(objectives[1].model.state_dict()) and cached.asked == asked
-    assert not next(tmp_path.iterdir()).read_bytes()[HEAD:].strip(b'\0')
+        one, other = (fingerprint(objective.model.state_dict()) for objective in objectives)
+        assert one == other and cached.asked == asked
+    assert not next(tmp_path.iterdir()).read_bytes()[_HEAD:].strip(b'\0')
 
 
 def test_half_of_a_batch_may_be_mixed():
@@ -370,7 +379,8 @@ def test_the_images_may_come_in_any_precision_and_order(dtype, order):
 
 def test_the_fast_loop_takes_the_steps_of_the_naive_one():
     data, teacher = make_data(200), make_teacher()
-    recipe = Recipe(steps=20, batch_size=50, optimizer='adam', lr=1e-3, weight_decay=0, schedule='constant', warmup=0, precision='float32')
+    recipe = Recipe(steps=20, batch_size=50, optimizer='adam', lr=1e-3, weight_decay=0, schedule='constant', warmup=0,
+                    precision='float32')
     torch.manual_seed(1)
     naive = digit_student()
     fast = copy.deepcopy(naive)
@@ -386,11 +396,12 @@ def test_the_fast_loop_takes_the_steps_of_the_naive_one():
         optimizer.zero_grad()
         ((1 - a)*nn.functional.cross_entropy(z, b.y) + a*T**2*soft).backward()
         optimizer.step()
-    for n in range(2):  # the second time from kept answers alone
-        objective = Distill(copy.deepcopy(fast), cached := CachedTeacher(teacher, data, dtype='float32') if n == 0 else cached, T, a)
+    cached = CachedTeacher(teacher, data, dtype='float32')
+    for _ in range(2):  # the second time from kept answers alone
+        objective = Distill(copy.deepcopy(fast), cached, T, a)
         objective.check = lambda *_: None  # the teacher of this test knows nothing
         fit(objective, data, recipe)
-        for p, q in zip(naive.state_dict().values(), objective.model.state_dict().values()): torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(objective.model.state_dict(), naive.state_dict(), rtol=1e-4, atol=2e-5)
     assert cached.asked <= cached.rows < cached.answered
 
 
@@ -406,7 +417,8 @@ def test_a_run_that_is_killed_resumes_with_its_answers_to_the_same_weights(tmp_p
             if stop and len(calls) > 25: raise KeyboardInterrupt
             return steps(batch)
         objective.forward = forward
-        fit(objective, train, Recipe(epochs=3, batch_size=64, lr=0.05, precision='float32'), valid, folder/'run', resume, save_every=0)
+        recipe = Recipe(epochs=3, batch_size=64, lr=0.05, precision='float32')
+        fit(objective, train, recipe, valid, folder/'run', resume, save_every=0)
         return fingerprint(objective.model.state_dict())
     straight = go(tmp_path/'a')
     with pytest.raises(KeyboardInterrupt): go(tmp_path/'b', stop=True)
@@ -415,14 +427,16 @@ def test_a_run_that_is_killed_resumes_with_its_answers_to_the_same_weights(tmp_p
 
 def test_other_images_more_views_and_other_padding_are_refused_before_the_first_step():
     teacher, train, valid = trained()
-    cached = CachedTeacher(teacher, train, views=4)
-    for data, said in ((train, 'keeps 4 views'), (train.subset(range(100)), 'other images'), (train.replace(augment=CropFlip(2)), 'other images'), (train.replace(size=12), 'other images'),
-                       (train.with_normalisation([0.5], [0.5]), 'other images')):
+    cached = CachedTeacher(teacher, train.replace(views=4))
+    others = (train.subset(range(100)), train.replace(augment=CropFlip(2)), train.replace(size=12),
+              train.with_normalisation([0.5], [0.5]))
+    for data, said in ((train, 'keeps 4 views'), *((other, 'other images') for other in others)):
         student = digit_student()
-        before = fingerprint(student.state_dict())
-        with pytest.raises(ValueError, match=said): fit(Distill(student, cached), data, Recipe(steps=1, batch_size=10), valid)
+        before, objective = fingerprint(student.state_dict()), Distill(student, cached)
+        with pytest.raises(ValueError, match=said): fit(objective, data, Recipe(steps=1, batch_size=10), valid)
         assert fingerprint(student.state_dict()) == before
-    for data in (cached.data, train.replace(views=2), cached.data.unlabelled(range(20))): Distill(digit_student(), cached).check(data, valid)
+    for data in (cached.data, train.replace(views=2), cached.data.unlabelled(range(20))):
+        Distill(digit_student(), cached).check(data, valid)
 
 
 def test_compile_is_an_option_that_changes_nothing_but_the_speed(monkeypatch):
@@ -445,17 +459,19 @@ def test_compile_without_a_compiler_is_refused_before_the_first_step(monkeypatch
     import shutil
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     teacher, train, valid = trained()
-    with pytest.raises(ValueError, match='compile'): fit(Distill(digit_student(), teacher), train, Recipe(steps=1, batch_size=10), valid, compile=True)
+    objective, recipe = Distill(digit_student(), teacher), Recipe(steps=1, batch_size=10)
+    with pytest.raises(ValueError, match='compile'): fit(objective, train, recipe, valid, compile=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_a_step_from_kept_answers_never_waits_for_the_gpu():
     from distill_nb.training import _Run
     teacher, train, valid = trained()
-    cached = CachedTeacher(teacher, train, views=1).fill()
-    run = _Run(Distill(digit_student(), cached), cached.data, Recipe(steps=90, batch_size=64), None, None, False, 'cuda', False, 1e9)
+    cached = CachedTeacher(teacher, train.replace(views=1)).fill()
+    objective, recipe = Distill(digit_student(), cached), Recipe(steps=90, batch_size=64)
+    run = _Run(objective, cached.data, recipe, None, None, False, 'cuda', False, 1e9)
     steps = run.steps()
-    for _ in range(cache.LOOK + 3): next(steps)
+    for _ in range(cache._LOOK + 3): next(steps)
     torch.cuda.set_sync_debug_mode('error')
     try:
         for _ in range(20): next(steps)
@@ -480,7 +496,8 @@ print(cached.asked, flush=True)
 
 def filler(folder, size, *more):
     code = FILLER.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, '-c', code, str(folder), str(size), *map(str, more)], stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    command = [sys.executable, '-c', code, str(folder), str(size), *map(str, more)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
 
 
 def test_another_process_finds_the_answers(tmp_path):
@@ -506,14 +523,16 @@ def test_two_processes_that_fill_at_once_lose_nothing(tmp_path):
     asked = [int(p.communicate()[0].split()[1]) for p in fillers]
     assert 540 <= sum(asked) <= 1080
     cached = CachedTeacher(make_teacher(), make_data(), tmp_path, dtype='float32')
-    assert wrong(cached, make_teacher(), make_data()) < 1e-5 and cached.asked == 0 and len(list(tmp_path.iterdir())) == 1
+    assert wrong(cached, make_teacher(), make_data()) < 1e-5 and cached.asked == 0
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_whoever_makes_the_file_second_uses_that_of_the_first(tmp_path):
-    cache.make_file(tmp_path/'x', b'first')
+    cache._make_file(tmp_path/'x', b'first')
     first = (tmp_path/'x').stat().st_ino
-    cache.make_file(tmp_path/'x', b'second')
-    assert (tmp_path/'x').stat().st_ino == first and (tmp_path/'x').read_bytes() == b'first' and [p.name for p in tmp_path.iterdir()] == ['x']
+    cache._make_file(tmp_path/'x', b'second')
+    assert (tmp_path/'x').stat().st_ino == first and (tmp_path/'x').read_bytes() == b'first'
+    assert [p.name for p in tmp_path.iterdir()] == ['x']
 
 
 def test_one_process_uses_what_another_wrote_meanwhile(tmp_path):
@@ -530,15 +549,15 @@ def filled(tmp_path):
     return next(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('left', [HEAD, HEAD + 1, HEAD + 24*100 + 7, HEAD + 24*540 - 1])
+@pytest.mark.parametrize('left', [_HEAD, _HEAD + 1, _HEAD + 24*100 + 7, _HEAD + 24*540 - 1])
 def test_a_file_that_was_cut_short_is_completed(filled, left):
     with open(filled, 'r+b') as f: f.truncate(left)
     cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
     with warnings.catch_warnings(record=True): assert wrong(cached, make_teacher(), make_data()) < 0.01
-    assert cached.asked == 540 - (left - HEAD)//24
+    assert cached.asked == 540 - (left - _HEAD)//24
 
 
-@pytest.mark.parametrize('content', [b'', b'{}', b'no json'.ljust(HEAD), b'[1]'.ljust(HEAD), b'{"format": 1}'])
+@pytest.mark.parametrize('content', [b'', b'{}', b'no json'.ljust(_HEAD), b'[1]'.ljust(_HEAD), b'{"format": 1}'])
 def test_a_file_without_its_first_page_is_refused(filled, content):
     filled.write_bytes(content)
     cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
@@ -550,7 +569,7 @@ def test_damaged_answers_are_never_quoted(filled):
     raw = bytearray(filled.read_bytes())
     rng = np.random.default_rng(0)
     hit = {int(i) for i in rng.integers(0, 540*24, 60)}
-    for i in hit: raw[HEAD + i] ^= 1 << int(rng.integers(8))
+    for i in hit: raw[_HEAD + i] ^= 1 << int(rng.integers(8))
     filled.write_bytes(raw)
     with pytest.warns(UserWarning, match='damaged'):
         cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
@@ -560,7 +579,9 @@ def test_damaged_answers_are_never_quoted(filled):
     assert wrong(again, make_teacher(), make_data()) < 0.01 and again.asked == 0
 
 
-@pytest.mark.parametrize('change,said', [(dict(teacher=1), 'teacher'), (dict(n=50), 'data'), (dict(pad=2), 'data'), (dict(flip=True), 'data'), (dict(dtype='bfloat16'), 'form'), (dict(top=3), 'form')])
+@pytest.mark.parametrize('change,said', [(dict(teacher=1), 'teacher'), (dict(n=50), 'data'), (dict(pad=2), 'data'),
+                                         (dict(flip=True), 'data'), (dict(dtype='bfloat16'), 'form'),
+                                         (dict(top=3), 'form')])
 def test_answers_of_something_else_are_not_found_and_under_another_name_refused(filled, change, said):
     teacher = make_teacher(change.pop('teacher', 0))
     kw = {k: change.pop(k) for k in ('dtype', 'top') if k in change}
@@ -570,13 +591,14 @@ def test_answers_of_something_else_are_not_found_and_under_another_name_refused(
     assert cached.asked == 5
     other = next(f for f in filled.parent.iterdir() if f != filled)
     os.replace(filled, other)
-    with pytest.raises(ValueError, match=f'another {said}'): CachedTeacher(teacher, data, other.parent, **kw)(data.get(torch.arange(5)))
+    again = CachedTeacher(teacher, data, other.parent, **kw)
+    with pytest.raises(ValueError, match=f'another {said}'): again(data.get(torch.arange(5)))
 
 
 def test_a_file_grows_with_the_views_and_serves_fewer(tmp_path):
     data, teacher = make_data(), make_teacher()
-    two = CachedTeacher(teacher, data, tmp_path, views=2).fill(precision='float32')
-    five = CachedTeacher(teacher, data, tmp_path, views=5).fill(precision='float32')
+    two = CachedTeacher(teacher, data.replace(views=2), tmp_path).fill(precision='float32')
+    five = CachedTeacher(teacher, data.replace(views=5), tmp_path).fill(precision='float32')
     assert (two.asked, five.asked) == (120, 180) and wrong(two, teacher, two.data) < 0.01
     every = CachedTeacher(teacher, data, tmp_path)
     assert wrong(every, teacher, data) < 0.01 and every.asked == 240
@@ -589,21 +611,22 @@ def test_labels_do_not_matter(tmp_path):
     assert cached.asked == 0
 
 
-@pytest.mark.parametrize('where', ['reserve', 'make_file'])
+@pytest.mark.parametrize('where', ['_reserve', '_make_file'])
 def test_a_full_or_read_only_disk_is_said_and_worked_around(tmp_path, monkeypatch, where):
     def full(*_): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(cache, where, full)
     data, teacher = make_data(), make_teacher()
     cached = CachedTeacher(teacher, data, tmp_path/'new')
-    with pytest.warns(UserWarning, match='No space left on device.*in memory only'): assert wrong(cached, teacher, data) < 0.01
+    with pytest.warns(UserWarning, match='No space left on device.*in memory only'):
+        assert wrong(cached, teacher, data) < 0.01
     assert wrong(cached, teacher, data) < 0.01 and cached.asked == 540
 
 
 def test_a_read_only_file_is_used_and_left_alone(filled, monkeypatch):
-    with open(filled, 'r+b') as f: f.truncate(HEAD + 24*100)
+    with open(filled, 'r+b') as f: f.truncate(_HEAD + 24*100)
     before = filled.read_bytes()
     def denied(*_): raise PermissionError(13, 'Permission denied')
-    monkeypatch.setattr(cache, 'reserve', denied)
+    monkeypatch.setattr(cache, '_reserve', denied)
     cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
     with pytest.warns(UserWarning, match='Permission denied'): assert wrong(cached, make_teacher(), make_data()) < 0.01
     assert cached.asked == 440 and filled.read_bytes() == before
@@ -613,15 +636,16 @@ def test_a_real_disk_without_room_is_found_before_anything_is_mapped(tmp_path, m
     import shutil
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(1, 1, 0))
     (tmp_path/'file').write_bytes(b'')
-    with pytest.raises(OSError, match='No space'): cache.reserve(tmp_path/'file', 100)
+    with pytest.raises(OSError, match='No space'): cache._reserve(tmp_path/'file', 100)
 
 
 # --- what cannot be
 
 def test_too_many_views_are_refused_with_advice():
     data = make_data().replace(augment=ResizedCrop(8))
-    with pytest.raises(ValueError, match='views=V'): CachedTeacher(make_teacher(), data)
-    cached = CachedTeacher(make_teacher(), data, views=3)
+    with pytest.raises(ValueError, match=r'limit them with data\.replace\(views=V\)'):
+        CachedTeacher(make_teacher(), data)
+    cached = CachedTeacher(make_teacher(), data.replace(views=3))
     assert wrong(cached, make_teacher(), cached.data) < 0.01 and cached.asked == 180
 
 
@@ -629,18 +653,23 @@ def test_top_logits_at_another_temperature_are_refused():
     teacher, train, valid = trained()
     kept = CachedTeacher(teacher, train, top=3, temperature=2.)
     Distill(digit_student(), kept, temperature=2.).check(train, valid)
-    with pytest.raises(ValueError, match='temperature must be 2.*temperature=4'): Distill(digit_student(), kept, temperature=4.).check(train, valid)
+    with pytest.raises(ValueError, match='temperature must be 2.*temperature=4'):
+        Distill(digit_student(), kept, temperature=4.).check(train, valid)
     Distill(digit_student(), kept, temperature=4., alpha=0.).check(train, valid)  # the teacher is not used
-    Distill(digit_student(), CachedTeacher(teacher, train, temperature=2.), temperature=4.).check(train, valid)  # all logits serve at any
+    every = CachedTeacher(teacher, train, temperature=2.)
+    Distill(digit_student(), every, temperature=4.).check(train, valid)  # all logits serve at any
 
 
-@pytest.mark.parametrize('kw,said', [(dict(divergence=dkd_loss), 'dkd_loss'), (dict(divergence=partial(dkd_loss, beta=2.)), 'dkd_loss'),
-                                     (dict(divergence=dist_loss), 'dist_loss'), (dict(standardize=True), 'standardize')])
+@pytest.mark.parametrize('kw,said', [(dict(divergence=dkd_loss), 'dkd_loss'),
+                                     (dict(divergence=partial(dkd_loss, beta=2.)), 'dkd_loss'),
+                                     (dict(divergence=dist_loss), 'dist_loss'),
+                                     (dict(standardize=True), 'standardize')])
 def test_losses_that_need_every_class_refuse_the_largest_before_the_first_step(kw, said):
     teacher, train, valid = trained()
     kept = CachedTeacher(teacher, train, top=3)
-    with pytest.raises(ValueError, match=f'all classes for {said}'): fit(Distill(digit_student(), kept, **kw), train, Recipe(steps=1, batch_size=10), valid)
-    with pytest.raises(ValueError, match=f'all classes for {said}'): Distill(digit_student(), kept, **kw)(train.get(torch.arange(5)))
+    objective, said = Distill(digit_student(), kept, **kw), f'all classes for {said}'
+    with pytest.raises(ValueError, match=said): fit(objective, train, Recipe(steps=1, batch_size=10), valid)
+    with pytest.raises(ValueError, match=said): objective(train.get(torch.arange(5)))
 
 
 def test_a_student_of_the_largest_logits_takes_the_steps_of_one_that_is_told_all_where_that_is_the_same(tmp_path):
@@ -668,18 +697,27 @@ def test_largest_logits_are_the_same_from_the_table_live_and_from_another_proces
     assert (cached.asked, again.asked) == (25, 5)
 
 
-@pytest.mark.parametrize('kw,said', [(dict(dtype='int8'), 'dtype'), (dict(top=2.5), 'top'), (dict(top='3'), 'top'), (dict(temperature='4'), 'temperature'), (dict(top=10), 'top'), (dict(top=0), 'top'), (dict(temperature=0.), 'temperature'), (dict(views=0), 'views'), (dict(views=10), 'views')])
+@pytest.mark.parametrize('kw,said', [(dict(dtype='int8'), 'dtype'), (dict(top=2.5), 'top'), (dict(top='3'), 'top'),
+                                     (dict(top=True), 'top'), (dict(top=10), 'top'), (dict(top=0), 'top'),
+                                     (dict(temperature='4'), 'temperature'), (dict(temperature=0.), 'temperature')])
 def test_bad_arguments_are_named(kw, said):
-    with pytest.raises(ValueError, match=said): CachedTeacher(make_teacher(), make_data(), **kw)
+    with pytest.raises(ValueError, match=f'{said} must be'): CachedTeacher(make_teacher(), make_data(), **kw)
 
 
-@pytest.mark.parametrize('kw,said', [(dict(precision='int8'), 'precision'), (dict(batch_size=0), 'batch_size'), (dict(batch_size=2.5), 'batch_size')])
+@pytest.mark.parametrize('views', [0, 10])
+def test_views_that_the_data_do_not_have_are_named(views):
+    with pytest.raises(ValueError, match='views'): CachedTeacher(make_teacher(), make_data().replace(views=views))
+
+
+@pytest.mark.parametrize('kw,said', [(dict(precision='int8'), 'precision'), (dict(batch_size=0), 'batch_size'),
+                                     (dict(batch_size=2.5), 'batch_size')])
 def test_fill_names_bad_arguments(kw, said):
     with pytest.raises(ValueError, match=said): CachedTeacher(make_teacher(), make_data()).fill(**kw)
 
 
 def test_a_path_that_is_a_file_and_a_teacher_of_other_classes(tmp_path):
     (tmp_path/'file').write_text('mine')
-    with pytest.raises(ValueError, match='must be a folder'): CachedTeacher(make_teacher(), make_data(), tmp_path/'file')
+    with pytest.raises(ValueError, match='must be a folder'):
+        CachedTeacher(make_teacher(), make_data(), tmp_path/'file')
     with pytest.raises(ValueError, match='class'): CachedTeacher(digit_student(7), make_data())
     assert (tmp_path/'file').read_text() == 'mine'

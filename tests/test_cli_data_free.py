@@ -101,9 +101,9 @@ def test_a_run_goes_on_where_it_was_killed(blind, teacher, tmp_path, monkeypatch
 
 
 def test_inversion(teacher, tmp_path, monkeypatch, capsys):
-    usual = data_free.by_inversion.__defaults__
+    usual = data_free._by_inversion.__defaults__
     short = tuple(replace(d, steps=3) if isinstance(d, Recipe) else d for d in usual)
-    monkeypatch.setattr(data_free.by_inversion, '__defaults__', short)
+    monkeypatch.setattr(data_free._by_inversion, '__defaults__', short)
     argv = [*PAIR, *SHAPE, '--teacher_weights', teacher, '--way', 'inversion']
     assert command(*argv, '--steps', 6, '--out', tmp_path/'run') == 0
     assert '(8 steps' in capsys.readouterr().out  # four rounds of two

@@ -15,7 +15,7 @@ from distill_nb.training import (Frozen, Recipe, Supervised, best_precision, dev
                                  placed, predict)
 from distill_nb.compare import Contender, compare
 from distill_nb.logits import Distill, check_teacher
-from distill_nb.cache import LOOK, CachedTeacher
+from distill_nb.cache import _LOOK, CachedTeacher
 from distill_nb.features import FEATURE_WEIGHTS, feature_method, feature_shapes, layer_similarity, plot_attention
 from distill_nb.self_distillation import (BeYourOwnTeacher, SelfTeacher, born_again, exit_logits, measure_exits,
                                           sure_curve)
@@ -106,7 +106,7 @@ def test_fit_borrows(card, taught, student_on, teacher_on, data_on):
     for objective in (early, SelfTeacher(digit_student().to(student_on), train)):
         fit(objective, train, RECIPE, valid)
         assert device_of(objective) == student_on
-    cached = CachedTeacher(teacher, train, views=2).fill()
+    cached = CachedTeacher(teacher, train.replace(views=2)).fill()
     assert device_of(teacher) == teacher_on
     fit(Distill(student, cached), cached.data, RECIPE, valid)
     assert device_of(student) == student_on and device_of(teacher) == teacher_on
@@ -117,21 +117,21 @@ def test_fit_borrows(card, taught, student_on, teacher_on, data_on):
 @pytest.mark.parametrize('data_on', [CPU, CARD])
 def test_kept_answers_are_compared_on_the_card_and_no_row_is_taken_for_another(card, taught, data_on):
     train, teacher = taught[0].train.to(data_on), taught[1]
-    cached = CachedTeacher(teacher, train, views=1, dtype='float32').fill(precision='float32')
+    cached = CachedTeacher(teacher, train.replace(views=1), dtype='float32').fill(precision='float32')
     index = torch.arange(32, device=CARD)
     batch = cached.data.to(CARD).get(index, cached.data.view_at(index, torch.zeros_like(index)))
     cached.check(cached.data.to(CARD))
     stranger = batch._replace(index=torch.full_like(batch.index, -1))
     with pytest.raises(ValueError, match='gives index -1'): cached(batch._replace(x=batch.x.flip(0)))
     expected = Frozen(teacher)
-    for b in (stranger, *[batch]*LOOK, stranger):  # the first was seen
+    for b in (stranger, *[batch]*_LOOK, stranger):  # the first was seen
         assert torch.allclose(cached(b), expected(b), atol=1e-4)
     cached.check(cached.data.to(CARD))
-    for _ in range(LOOK): cached(batch)
+    for _ in range(_LOOK): cached(batch)
     assert cached(stranger).isnan().all() and cached(batch).isfinite().all()  # too late to be seen without waiting
-    short = CachedTeacher(teacher, train, views=1, top=3).fill(precision='float32')
+    short = CachedTeacher(teacher, train.replace(views=1), top=3).fill(precision='float32')
     short.check(cached.data.to(CARD))
-    for _ in range(LOOK): short(batch)
+    for _ in range(_LOOK): short(batch)
     assert short(stranger).values.isnan().all() and {t.device for t in short(batch)} == {CARD}
 
 
@@ -286,7 +286,7 @@ def gpu_code(name):
 @pytest.mark.parametrize('name', ['03_models.ipynb', '04_training.ipynb', '05_logits.ipynb'])
 def test_gpu_cells_run_in_small(name, device, monkeypatch, request):
     if device == 'cuda': request.getfixturevalue('card')
-    small = lambda classes=10, weights=None, **kw: models_module.wrn(10, 1, classes)
+    small = lambda classes=10, weights=None, **kw: models_module.WideResNet(10, 1, classes)
     monkeypatch.setattr(data_module, 'cifar10', lambda root, size=None: colours())
     for net in ('resnet18', 'resnet20', 'resnet50'): monkeypatch.setattr(models_module, net, small)
     module = importlib.import_module(f'distill_nb.{name[3:-6]}')

@@ -13,10 +13,10 @@ from distill_nb import training
 from distill_nb.files import fingerprint, read_weights
 from distill_nb.losses import UNLABELLED, DistillationLoss
 from distill_nb.data import CropFlip, ImageData, digits
-from distill_nb.models import digit_student, digit_teacher, resnet8
+from distill_nb.models import digit_student, digit_teacher, evaluating, resnet8
 from distill_nb.training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, best_precision,
-                                 calibration_error, evaluate, evaluating, fit, fit_device, logits_of, plan, plot_curves,
-                                 predict, read_checkpoint, scheduled, write_checkpoint)
+                                 calibration_error, evaluate, fit, fit_device, logits_of, plan, plot_curves, predict,
+                                 read_checkpoint, scheduled, write_checkpoint)
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
 

@@ -1,0 +1,187 @@
+"Files: arguments refused, weights on disk, and files that survive."
+import errno, json, math, os, pickle, signal, subprocess, sys
+
+import pytest, torch
+from distill_nb.files import fingerprint, must, number, pack_weights, read_weights, reason, save_weights, whole
+from distill_nb.models import digit_student, resnet8
+from distill_nb.zoo import load_weights
+from networks import bits, same
+from torch import nn
+
+
+# Arguments
+
+def test_a_number_is_a_real_one_and_everything_else_passes_no_comparison():
+    for value in (3, 2.5, -math.inf, torch.tensor(2.).item()): assert number(value) == value
+    for value in (True, '3', None, [3], 1j, torch.tensor(3.)): assert math.isnan(number(value))
+
+
+@pytest.mark.parametrize('value', [0, -1, 4, 2.0, 2.5, True, '2', None, math.nan, [2]])
+def test_what_is_no_whole_number_in_the_range_is_refused(value):
+    for n in (1, 2, 3): whole('size', n, 1, 3)
+    with pytest.raises(ValueError) as e: whole('size', value, 1, 3)
+    assert str(e.value) == f'size must be a whole number from 1 to 3, but is {value!r}.'
+
+
+def test_bounds_of_whole_numbers_are_said_as_people_write_them():
+    whole('views', 10**9)
+    for most, said in ((None, 'of at least 2'), (20_000, 'from 2 to 20,000')):
+        with pytest.raises(ValueError) as e: whole('views', 1, 2, most)
+        assert str(e.value) == f'views must be a whole number {said}, but is 1.'
+
+
+def test_a_long_value_is_cut_in_the_message():
+    with pytest.raises(ValueError) as e: must(False, 'classes', ['x' * 1000], 'a list of different names')
+    assert str(e.value) == f"classes must be a list of different names, but is ['{'x' * 198}."
+
+
+def test_the_reason_is_the_first_line():
+    for error, said in ((ValueError('a\nb'), 'a'), (KeyError(), 'KeyError'), (OSError(2, 'gone'), '[Errno 2] gone')):
+        assert reason(error) == said
+
+
+# Weights on disk
+
+def test_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = resnet8().to(memory_format=torch.channels_last)
+    model(torch.randn(4, 3, 16, 16))
+    save_weights(model, tmp_path/'new'/'w.safetensors', seed=3, data='cifar10')
+    save_weights(model, tmp_path/'new'/'w.safetensors', seed=4, data='cifar10')   # over an old file
+    torch.manual_seed(1)
+    other = resnet8()
+    assert load_weights(other, tmp_path/'new'/'w.safetensors') is other
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+    tensors, metadata = read_weights(tmp_path/'new'/'w.safetensors')
+    facts = {'seed': '4', 'data': 'cifar10'}
+    assert metadata == facts | {'fingerprint': fingerprint(model.state_dict(), facts)}
+    assert os.listdir(tmp_path/'new') == ['w.safetensors']
+
+
+@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'state_dict': s, 'epoch': 3}, lambda s: {'model': s},
+                                  lambda s: {f'module.{k}': v for k, v in s.items()},
+                                  lambda s: {k: v for k, v in s.items() if 'num_batches' not in k}])
+@pytest.mark.parametrize('suffix', ['.pth', '.pt', '.bin'])
+def test_files_of_torch_save(wrap, suffix, tmp_path):
+    model, other = digit_student(), digit_student()
+    torch.save(wrap(model.state_dict()), tmp_path/f'w{suffix}')
+    load_weights(other, tmp_path/f'w{suffix}')
+    assert same([*other.parameters()], [*model.parameters()])
+
+
+class Evil:
+    "A pickle that makes the folder `ran` beside itself when it is loaded."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path.parent/'ran'),)
+
+
+def damaged(kind, path):
+    "A file that must not be loaded, at `path` with a suffix that suits it."
+    model = digit_student()
+    good = pack_weights(model)
+    if kind == 'cut': data = good[:-40]
+    if kind == 'cut in the header': data = good[:60]
+    if kind == 'empty': data = b''
+    if kind == 'flipped bit': data = good[:-100] + bytes([good[-100] ^ 4]) + good[-99:]
+    if kind == 'text': data = b'<html>404 Not Found</html>'
+    if kind == 'program': data, path = pickle.dumps(Evil(path), protocol=2), path.with_suffix('.pth')
+    if kind == 'whole model': torch.save(model, path := path.with_suffix('.pth')); return path
+    if kind == 'numbers': torch.save({'epoch': 3}, path := path.with_suffix('.pth')); return path
+    if kind == 'cut pth':
+        torch.save(model.state_dict(), path := path.with_suffix('.pth'))
+        data = path.read_bytes()[:-300]
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize('kind', ['cut', 'cut in the header', 'empty', 'flipped bit', 'text', 'program', 'whole model',
+                                  'numbers', 'cut pth'])
+def test_damaged_files_are_refused(kind, tmp_path):
+    path, model = damaged(kind, tmp_path/'w.safetensors'), digit_student()
+    data, before = path.read_bytes(), bits(model)
+    with pytest.raises(ValueError) as e: load_weights(model, path)
+    assert path.name in str(e.value) and 'damaged' in str(e.value) and '\n' not in str(e.value)
+    assert os.listdir(tmp_path) == [path.name], 'nothing in the file may run'
+    assert same(bits(model), before) and path.read_bytes() == data, 'neither the model nor the file may change'
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    "Whatever a file with one wrong bit is taken for, it is not taken for other weights or other facts."
+    torch.manual_seed(0)
+    model, path = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), tmp_path/'w.safetensors'
+    save_weights(model, path, mean=[0.5, 0.25], std=(0.125,), data='a "b"\n', other='0123456789abcdef')
+    good, (tensors, metadata) = path.read_bytes(), read_weights(path)
+    for i in range(len(good)):
+        for bit in range(8):
+            path.write_bytes(good[:i] + bytes([good[i] ^ 1 << bit]) + good[i + 1:])
+            try: found = read_weights(path)
+            except ValueError as e: assert 'damaged' in str(e); continue
+            assert same(found[0], tensors) and found[1] == metadata, (i, bit)
+
+
+def test_a_file_whose_fingerprint_covers_no_metadata_is_refused_if_it_has_any(tmp_path):
+    "Files of the days before; those without metadata, like checkpoints, are the same as today's."
+    from safetensors.torch import save_file
+    tensors, path = digit_student().state_dict(), tmp_path/'w.safetensors'
+    save_file(tensors, path, {'fingerprint': fingerprint(tensors)})
+    assert same(read_weights(path)[0], dict(tensors))
+    save_file(tensors, path, {'fingerprint': fingerprint(tensors), 'mean': '[0.5]'})
+    with pytest.raises(ValueError, match='metadata'): read_weights(path)
+    save_file(tensors, path, {'format': 'pt', 'mean': '[0.5]', 'commit': '0123456789abcdef'})  # another program's
+    assert read_weights(path)[1]['mean'] == '[0.5]'
+
+
+def test_facts_that_were_read_can_be_saved_again(tmp_path):
+    save_weights(digit_student(), tmp_path/'a.safetensors', mean=[0.5])
+    facts = read_weights(tmp_path/'a.safetensors')[1]
+    save_weights(digit_student(), tmp_path/'b.safetensors', **facts)
+    assert read_weights(tmp_path/'b.safetensors')[1]['mean'] == '[0.5]'
+
+
+def test_facts_that_are_tuples_are_read_as_lists(tmp_path):
+    save_weights(digit_student(), tmp_path/'w.safetensors', mean=(0.5,), std=[0.25])
+    facts = read_weights(tmp_path/'w.safetensors')[1]
+    assert json.loads(facts['mean']) == [0.5] and json.loads(facts['std']) == [0.25]
+
+
+@pytest.mark.parametrize('call,parts', [
+    (lambda p: load_weights(digit_student(), p/'no.safetensors'), ['no.safetensors', 'there is none']),
+    (lambda p: load_weights(digit_student(), p/'w.h5'), ['w.h5', '.safetensors']),
+    (lambda p: load_weights(digit_student(), p), ['.safetensors']),
+    (lambda p: save_weights(digit_student(), p/'w.pth'), ['w.pth', '.safetensors'])])
+def test_bad_paths_are_named(call, parts, tmp_path):
+    with pytest.raises(ValueError) as e: call(tmp_path)
+    assert all(p in str(e.value) for p in parts)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path/'w.safetensors'
+    save_weights(digit_student(), path)
+    old = path.read_bytes()
+    def full(fd): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'): save_weights(digit_student(), path)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ['w.safetensors']
+
+
+def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
+    path, code = tmp_path/'w.safetensors', """
+import os, signal, sys
+save_weights(digit_student(), sys.argv[1], run='first')
+os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+save_weights(digit_student(), sys.argv[1], run='second')"""
+    assert subprocess.run([sys.executable, '-c', code, str(path)]).returncode == -signal.SIGKILL
+    assert read_weights(path)[1]['run'] == 'first'
+
+
+def test_fingerprint_sees_every_part():
+    t = {'a': torch.arange(6.), 'b': torch.tensor(3)}
+    others = [t | {'a': t['a'].reshape(2, 3)}, t | {'a': t['a'].double()}, {'c': t['a'], 'b': t['b']},
+              t | {'b': torch.tensor(4)}, t | {'a': t['a'] + 1e-7}, t | {'a': t['a'].view(torch.int32)}]
+    prints = [fingerprint(x) for x in (t, *others)]
+    assert len(set(prints)) == len(prints) == 7
+    assert fingerprint(dict(reversed(t.items()))) == prints[0], 'the order of a dict is no part of its content'
+    w = torch.ones(2, 3, 4, 4)
+    assert fingerprint({'w': w.to(memory_format=torch.channels_last)}) == fingerprint({'w': w})
+    assert fingerprint({'h': torch.ones(3, dtype=torch.bfloat16), 'e': torch.ones(0)})
