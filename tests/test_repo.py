@@ -90,6 +90,9 @@ def test_a_page_in_form_has_no_faults(faults):
 def test_what_does_not_fit_a_page_is_found_in_its_place(faults):
     assert faults('x', 'y\n' + 'α' * 101) == ['c1: line 2 has 101 characters, more than 100']
     assert faults('#| hide\n' + 'x\n' * 21) == ['c0: 21 lines of code, more than 20']
+    options = lambda n: 'def command(\n' + ''.join(f'    a{i}, # An option\n' for i in range(n)) + '): pass'
+    assert faults(options(25)) == [] and faults(options(25) + '\nx = 1') == ['c0: 28 lines of code, more than 20']
+    assert faults('\n'.join(f'import a{i}' for i in range(25))) == []
     assert faults(('see [the `x`](x.html)',)) == ['c0: a backtick in the text of a link: [the `x`]']
     row = ['#| exports\nx = 1', '#| export\ny = 1', '#| export\nimport os\nfrom sys import argv', '#| exporti\nz = 1']
     assert faults(*row) == ['c3: 3 exported cells in a row, more than 2, from c0 to c3']

@@ -141,7 +141,7 @@ def only_imports(source): return all(isinstance(node, (ast.Import, ast.ImportFro
 
 
 def is_a_command(source):
-    "Whether a cell holds one function with so many options that its signature, one to a line, is a table."
+    "Whether a cell is one function with so many options that its signature, one to a line, is a table."
     body = ast.parse(source).body
     return len(body) == 1 and isinstance(body[0], ast.FunctionDef) and len(body[0].args.args) > OPTIONS
 
