@@ -273,7 +273,7 @@ class Table:
         rows:list, # Lists of texts
     ):
         self.head, self.rows = head, rows
-        number = lambda t: re.match(r'[\[+-]?[\d.]', t)
+        number = lambda t: re.match(r'[\[+-]*[\d.]', t)
         self.right = [all(number(t) for t in column if t) for column in zip(*rows)]
 
     def _repr_markdown_(self):
