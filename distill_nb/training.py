@@ -427,7 +427,7 @@ def check(self:Supervised, data, valid=None):
 @dataclass
 class History:
     "What happened in a run of `fit`."
-    rows: list = field(default_factory=list)     # At most about 50 dicts, as described below
+    rows: list = field(default_factory=list)     # A dict per epoch or so, at most about 50
     losses: dict = field(default_factory=dict)   # {name: [one value per step]}
     seconds: float = 0.                          # Time spent in fit, over all interruptions
     environment: dict = field(default_factory=dict) # {'hardware': str, 'software': str}

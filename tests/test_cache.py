@@ -484,6 +484,7 @@ FILLER = '''
 import sys, torch
 sys.path.insert(0, {tests!r})
 from test_cache import make_data, make_teacher, everything
+from distill_nb.cache import CachedTeacher
 data, teacher = make_data(), make_teacher()
 cached = CachedTeacher(teacher, data, sys.argv[1], dtype='float32')
 print('open', flush=True)

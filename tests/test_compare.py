@@ -165,7 +165,8 @@ def test_contenders_start_alike_take_the_same_steps_and_read_the_test_split_once
             return super().batches(*args)
     d = images(seed=2)
     test = Once(d.x, d.y, d.classes, d.mean, d.std)
-    ways = {'alone': Contender(watch('alone'), images().subset(range(30))), 'distilled': Contender(watch('distilled'), images())}
+    few, all_images = images().subset(range(30)), images()
+    ways = {'alone': Contender(watch('alone'), few), 'distilled': Contender(watch('distilled'), all_images)}
     recipe = Recipe(epochs=1, batch_size=16, precision='float32')
     found = compare(net, ways, recipe, images(seed=1), test, teacher, seeds=3)
     assert started['alone'] == started['distilled'] and len(set(started['alone'])) == 3
@@ -209,11 +210,12 @@ def test_a_comparison_does_not_take_over_another_ones_runs(teacher, tmp_path):
 
 def pairs(teacher, *grid, make=Distill):
     "Contenders with these pairs of temperature and alpha."
-    return {f'T={T} a={a}': Contender(partial(make, teacher=teacher, temperature=T, alpha=a), images()) for T, a in grid}
+    def contender(T, a): return Contender(partial(make, teacher=teacher, temperature=T, alpha=a), images())
+    return {f'T={T} a={a}': contender(T, a) for T, a in grid}
 
 
 def test_the_first_of_the_best_on_the_validation_split_is_chosen(teacher):
-    grid = pairs(teacher, (1., 0.), (2., 0.), (4., 0.9))  # with alpha = 0 the temperature does nothing: the first two tie
+    grid = pairs(teacher, (1., 0.), (2., 0.), (4., 0.9))  # alpha = 0: the temperature does nothing, the first two tie
     best, rows = choose(net, grid, RECIPE, images(seed=1))
     accuracies = [r['valid_accuracy'] for r in rows.values()]
     assert list(rows) == list(grid) and accuracies[0] == accuracies[1]
