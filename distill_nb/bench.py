@@ -493,14 +493,14 @@ def _race_text(race):
     said = "the naive loop's accuracy was not reached"
     if race[-1]['accuracy'] >= race[0]['accuracy']:
         said = f"to the naive loop's accuracy: {faster:.2f} times as fast"
-    return f'{table(race, _RACE)}\n\n{said}'
+    return f'{table(race, columns=_RACE)}\n\n{said}'
 
 # %% ../nbs/bench.ipynb #09c796f3
 def bench_text(
     result:dict, # As distill_nb_bench returns it
 )->str:
     "A result as it is printed."
-    lines = [str(table(result['rows'], _COLUMNS)), '']
+    lines = [str(table(result['rows'], columns=_COLUMNS)), '']
     lines += [f'{name}: {value:.3f}' for name, value in result['ratios'].items()]
     lines += [f"teacher forward: {result['teacher_forward_ms']:.1f} ms"]
     peaks = result['matmul_gflops'].items()

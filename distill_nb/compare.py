@@ -302,8 +302,8 @@ def _cell(value, digits):
 # %% ../nbs/compare.ipynb #8205908a
 def table(
     rows:list, # Dicts
-    columns:dict|None=None, # {title: function of a row that gives text}; None: every key
     digits:int=3, # Decimal places of fractions
+    columns:dict|None=None, # {title: function of a row that gives text}; None: every key
 )->Table:
     "Rows as a table; a column without a value is left out."
     if columns is None:

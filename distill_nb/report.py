@@ -118,7 +118,7 @@ COLUMNS = {
 
 def result_table(rows:list)->Table:
     "The rows of a result as they are printed."
-    return table(rows, COLUMNS)
+    return table(rows, columns=COLUMNS)
 
 # %% ../nbs/report.ipynb #4abc29ae
 def show_setting(

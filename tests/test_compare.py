@@ -270,7 +270,7 @@ def test_a_notebook_shows_a_table_and_everything_else_its_text():
 
 
 def test_a_column_without_a_value_is_left_out():
-    made = table(ROWS, {'model': lambda r: r['model'], 'nothing': lambda r: ''})
+    made = table(ROWS, columns={'model': lambda r: r['model'], 'nothing': lambda r: ''})
     assert made.head == ['model'] and made.rows == [['alone'], ['distilled']]
 
 
