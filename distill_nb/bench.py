@@ -23,7 +23,7 @@ from .files import must, progress_bar, whole, write_atomic
 from .data import CropFlip, ImageData
 from .folders import load_data
 from .models import count_macs
-from .training import (Recipe, Supervised, _Run, best_precision, evaluate, fit,
+from .training import (Recipe, Supervised, _Run, _Setting, best_precision, evaluate, fit,
                                  fit_device, image_order)
 from .compare import table
 from .logits import Distill, check_teacher
@@ -189,8 +189,8 @@ class _Ours:
     def __init__(self, work, objective, data):
         self.precision = best_precision(work.device)
         recipe = Recipe(steps=10**6, batch_size=work.batch_size)
-        where = work.device.type
-        run = _Run(objective, data, recipe, None, None, False, where, False, 1e9)
+        setting = _Setting(device=work.device.type, progress=False, save_every=1e9)
+        run = _Run(objective, data, recipe, setting=setting)
         self.steps = run.steps()
 
     def start(self): pass

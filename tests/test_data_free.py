@@ -437,7 +437,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(teacher, tmp_path, monkeypatc
         seen[0] += 1
         if seen[0] > at: raise Stop
         return forward(self, batch)
-    def often(self, *args): init(self, *args[:8], 0., *args[9:])  # a checkpoint at every reading of the losses
+    def often(self, *given):  # a checkpoint at every reading of the losses
+        *rest, setting = given
+        init(self, *rest, replace(setting, save_every=0.))
     monkeypatch.setattr(cls, 'forward', stops)
     monkeypatch.setattr(training._Run, '__init__', often)
     with pytest.raises(Stop): run(method, teacher, tmp_path/'stopped', steps=steps)
