@@ -195,7 +195,7 @@ def test_a_comparison_of_nothing_is_refused(teacher):
     pair = contenders(teacher, images(), images())
     with pytest.raises(ValueError, match='seeds'): compare(net, pair, RECIPE, images(), seeds=0)
     with pytest.raises(ValueError, match="contenders must be values of Contender, but 'a' is a tuple"):
-        compare(net, {'a': Contender(Supervised, images())}, RECIPE, images())
+        compare(net, {'a': (Supervised, images())}, RECIPE, images())
 
 
 def test_a_comparison_does_not_take_over_another_ones_runs(teacher, tmp_path):
