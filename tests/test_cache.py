@@ -429,7 +429,7 @@ def test_other_images_more_views_and_other_padding_are_refused_before_the_first_
     teacher, train, valid = trained()
     cached = CachedTeacher(teacher, train.replace(views=4))
     others = (train.subset(range(100)), train.replace(augment=CropFlip(2)), train.replace(size=12),
-              train.with_normalisation([0.5], [0.5]))
+              train.replace(mean=[0.5], std=[0.5]))
     for data, said in ((train, 'keeps 4 views'), *((other, 'other images') for other in others)):
         student = digit_student()
         before, objective = fingerprint(student.state_dict()), Distill(student, cached)
@@ -465,11 +465,11 @@ def test_compile_without_a_compiler_is_refused_before_the_first_step(monkeypatch
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_a_step_from_kept_answers_never_waits_for_the_gpu():
-    from distill_nb.training import _Run
+    from distill_nb.training import _Run, _Setting
     teacher, train, valid = trained()
     cached = CachedTeacher(teacher, train.replace(views=1)).fill()
     objective, recipe = Distill(digit_student(), cached), Recipe(steps=90, batch_size=64)
-    run = _Run(objective, cached.data, recipe, None, None, False, 'cuda', False, 1e9)
+    run = _Run(objective, cached.data, recipe, setting=_Setting(device='cuda', progress=False, save_every=1e9))
     steps = run.steps()
     for _ in range(cache._LOOK + 3): next(steps)
     torch.cuda.set_sync_debug_mode('error')
