@@ -429,7 +429,7 @@ def test_other_images_more_views_and_other_padding_are_refused_before_the_first_
     teacher, train, valid = trained()
     cached = CachedTeacher(teacher, train.replace(views=4))
     others = (train.subset(range(100)), train.replace(augment=CropFlip(2)), train.replace(size=12),
-              train.with_normalisation([0.5], [0.5]))
+              train.replace(mean=[0.5], std=[0.5]))
     for data, said in ((train, 'keeps 4 views'), *((other, 'other images') for other in others)):
         student = digit_student()
         before, objective = fingerprint(student.state_dict()), Distill(student, cached)
