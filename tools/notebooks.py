@@ -153,7 +153,8 @@ def cell_faults(cell):
     if kind != 'code': return []
     found = [f'line {i} has {length} characters, more than {WIDTH}' for i, length in long_lines(source, WIDTH)]
     lines = sum(not line.startswith('#|') for line in source.strip().splitlines())
-    if lines > CELL and not only_imports(source) and not is_a_command(source): found.append(f'{lines} lines of code, more than {CELL}')
+    if lines > CELL and not only_imports(source) and not is_a_command(source):
+        found.append(f'{lines} lines of code, more than {CELL}')
     raw = raw_docments(source) if is_exported(cell) else []
     return found + [f'line {i} has a backtick in the comment of a parameter' for i in raw]
 
