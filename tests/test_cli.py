@@ -357,7 +357,7 @@ def test_a_method_that_the_networks_cannot_have_is_refused_early(method, tmp_pat
     "Before the teacher is trained."
     def plain(name, classes, channels, size):
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels*size*size, classes))
-    monkeypatch.setattr(run, 'build_model', plain)
+    for module in (run, zoo): monkeypatch.setattr(module, 'build_model', plain)
     assert command(*QUICK[:-4], '--method', f'kd,{method}', '--out', tmp_path/'run') == 2
     err = capsys.readouterr().err
     assert err.startswith(f'distill_nb: method {method} does not work here: ') and err.count('\n') == 1
