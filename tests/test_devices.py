@@ -227,7 +227,8 @@ def test_losses_are_right_in_float16(taught, name):
     labelled, transfer = few_labels(train, 100)
     task = Task(digit_student, teacher, labelled, transfer, RECIPE, device='cpu')
     torch.manual_seed(0)
-    objective, data, *_ = contender(name, task, **METHODS[name].grid[0])(digit_student())
+    way = contender(name, task, **METHODS[name].grid[0])
+    objective, data = way.objective(digit_student()), way.data
     objective.check(data, None if name == 'data_free' else valid)
     batch, found = data.get(torch.arange(64)), []
     for enabled in (False, True):
