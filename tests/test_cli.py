@@ -273,7 +273,7 @@ def test_a_single_other_method(tmp_path):
 def test_answers_that_cannot_be_kept_are_said_in_a_line(tmp_path, monkeypatch, capsys):
     from distill_nb import cache
     def full(*_): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(cache, 'reserve', full)
+    monkeypatch.setattr(cache, '_reserve', full)
     assert command(*QUICK, '--labels', 0, '--out', tmp_path/'run') == 0
     err = [line for line in capsys.readouterr().err.splitlines() if 'answers' in line]
     assert err and err[0].startswith('distill_nb: ') and 'memory only' in err[0]
