@@ -39,7 +39,7 @@ def test_the_site_shows_every_notebook_and_names_files_that_exist():
     site = (ROOT/'_quarto.yml').read_text()
     assert sorted(re.findall(r'[\w-]+\.ipynb', site)) == [p.name for p in notebooks()]
     files = re.findall(r'[\w-]+\.(?:css|lua|scss|svg)', site)
-    assert len(files) == 4 and all((NBS/name).is_file() for name in files)
+    assert len(files) == 5 and all((NBS/name).is_file() for name in files)
     assert 'bibliography' not in site and 'bibliography' not in (NBS/'_quarto.yml').read_text()
 
 
