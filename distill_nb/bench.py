@@ -527,7 +527,7 @@ def _measure_steps(work, pair, steps):
 
 # %% ../nbs/bench.ipynb #e68b91ab
 def _run_bench(given):
-    "Check the options, measure, print and write."
+    "Check the options and measure: the result, and the file that it goes to."
     begin, o = time.perf_counter(), SimpleNamespace(**given)
     whole('steps', o.steps, 1)
     whole('to_accuracy', o.to_accuracy, 0)

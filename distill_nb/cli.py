@@ -69,7 +69,8 @@ def distill_nb(
     # Compile what is trained with torch.compile: for long runs on a GPU
     compile:bool=False,
 )->dict: # The result, as in result.json
-    "Distil a teacher into a student, and compare it with the same student trained alone."
+    """Distil a teacher into a student, compare it with the same student trained alone, and write
+    tables, curves, weights and a report."""
     return _run(distill_nb, data, Options(**locals()), prepare, run_job)
 
 # %% ../nbs/cli.ipynb #2241959f
@@ -94,7 +95,8 @@ def distill_nb_data_free(
     precision:str='auto', # auto, float32, bfloat16 or float16
     root:str='data', # Where data sets are downloaded to
 )->dict: # The result, as in result.json
-    "Distil a trained teacher into a student without any data."
+    """Distil a trained teacher into a student without any data, and write weights, curves, and
+    the images that were made."""
     return _run(distill_nb_data_free, 'data_free', FreeOptions(**locals()), prepare_free, run_free)
 
 # %% ../nbs/cli.ipynb #a55d6ab5

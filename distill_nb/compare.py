@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .files import fingerprint, must, progress_bar
+from .files import fingerprint, must, progress_bar, whole
 from .losses import check_logits
 from .training import (DivergedError, Recipe, calibration_error, evaluate, fit,
                                  fit_device, placed, predict)
@@ -140,15 +140,17 @@ def _keep(self:Comparison, name, seed, student, history, measured):
 
 # %% ../nbs/compare.ipynb #a624b04a
 def _check_seeds(seeds):
-    found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    number = isinstance(seeds, int) and not isinstance(seeds, bool)
+    found = list(range(seeds)) if number else list(seeds) if hasattr(seeds, '__iter__') else []
     if not found:
         raise ValueError('seeds must be a whole number of at least 1, or some seeds, '
                          f'but are {seeds!r}.')
+    for s in found: whole('seeds', s, 0, 2**63 - 1)
     twice = [s for i, s in enumerate(found) if s in found[:i]]
     if twice:
         raise ValueError('seeds must be different, for a run that is counted twice is no second '
                          f'run, but {twice[0]} occurs again in {found}.')
-    return found
+    return [int(s) for s in found]
 
 # %% ../nbs/compare.ipynb #d56fb920
 class _Fresh:
@@ -181,7 +183,7 @@ def _check_start(self:_Fresh, start, seed):
 # %% ../nbs/compare.ipynb #1302ad34
 def _trials(make_student, contenders, seeds, progress):
     "Yield seed, name and a new student for each seed and each contender."
-    todo, fresh = [(s, name) for s in _check_seeds(seeds) for name in contenders], _Fresh()
+    todo, fresh = [(s, name) for s in seeds for name in contenders], _Fresh()
     for seed, name in progress_bar(todo, desc='compare', unit='run', disable=not progress):
         torch.manual_seed(seed)
         student = make_student()
@@ -190,9 +192,9 @@ def _trials(make_student, contenders, seeds, progress):
 
 # %% ../nbs/compare.ipynb #79535def
 def _in_steps(recipe, contenders):
-    "The recipe with a number of steps: as many as the contender with the most images takes."
-    sizes = [len(c.data) for c in contenders.values()]
-    return replace(recipe, steps=recipe.steps or max(map(recipe.total_steps, sizes)))
+    "The recipe of all with a number of steps: as many as the one with the most images takes."
+    steps = [recipe.total_steps(len(c.data)) for c in contenders.values() if c.recipe is None]
+    return replace(recipe, steps=max(steps)) if steps else recipe
 
 def _train(contender, student, recipe, name, seed, folder, **kwargs):
     "The history of one trial; where it diverged, the message says whose it was."
@@ -215,13 +217,25 @@ class _Judge:
             return _measure(student, self.answers, self.valid, self.test)
 
 # %% ../nbs/compare.ipynb #f8ea4bfe
-def _prepare(contenders, valid, test, teacher, kwargs):
+def _check_contenders(contenders, name='contenders'):
+    "Refuse what is not {name: Contender}, or a contender that could not be made."
+    if not contenders: raise ValueError(f'{name} must name at least one, but are empty.')
+    must(isinstance(contenders, dict), name, contenders, 'a dict {name: Contender}')
+    for label, c in contenders.items():
+        if not isinstance(c, Contender):
+            raise ValueError(f'{name} must be values of Contender, '
+                             f'but {label!r} is a {type(c).__name__}.')
+        must(callable(c.make), f'make of {label!r}', c.make, 'a function from a student')
+        must(c.recipe is None or isinstance(c.recipe, Recipe), f'recipe of {label!r}', c.recipe,
+             'a Recipe or None')
+        must(c.before is None or callable(c.before), f'before of {label!r}', c.before,
+             'a function without arguments, or None')
+
+# %% ../nbs/compare.ipynb #2ee0bf12
+def _begin(contenders, valid, test, teacher, kwargs):
     "An empty comparison and its judge; from here on the device and the data on it are fixed."
+    _check_contenders(contenders)
     kwargs['device'] = fit_device(kwargs.get('device'))
-    if not contenders: raise ValueError('contenders must name at least one, but are empty.')
-    wrong = [name for name, c in contenders.items() if not isinstance(c, Contender)]
-    if wrong: raise ValueError(f'contenders must be values of Contender, but {wrong[0]!r} is a '
-                               f'{type(contenders[wrong[0]]).__name__}.')
     judge = _Judge(valid, test, teacher, kwargs['device'])
     kwargs['valid'] = judge.valid
     return Comparison([], next(iter(contenders))), judge
@@ -239,7 +253,8 @@ def compare(
     **kwargs, # Of fit: device, progress, compile
 )->Comparison:
     "Train every contender from the same initial weights, for the same steps, over several seeds."
-    found, judge = _prepare(contenders, valid, test, teacher, kwargs)
+    seeds = _check_seeds(seeds)
+    found, judge = _begin(contenders, valid, test, teacher, kwargs)
     recipe, progress = _in_steps(recipe, contenders), kwargs.get('progress', True)
     for seed, name, student in _trials(make_student, contenders, seeds, progress):
         history = _train(contenders[name], student, recipe, name, seed, folder, **kwargs)
@@ -278,7 +293,8 @@ class Table:
 
     def _repr_markdown_(self):
         rule = ['--:' if right else ':--' for right in self.right]
-        return '\n'.join(f"| {' | '.join(row)} |" for row in (self.head, rule, *self.rows))
+        lines = [[t.replace('|', '\\|') for t in row] for row in (self.head, *self.rows)]
+        return '\n'.join(f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:]))
 
 # %% ../nbs/compare.ipynb #09ecfd1a
 @patch
@@ -306,9 +322,10 @@ def table(
     columns:dict|None=None, # {title: function of a row that gives text}; None: every key
 )->Table:
     "Rows as a table; a column without a value is left out."
+    whole('digits', digits, 0)
     if columns is None:
         columns = {k: lambda r, k=k: _cell(r.get(k), digits) for r in rows for k in r}
-    cells = [[show(r) for show in columns.values()] for r in rows]
+    cells = [[str(show(r)) for show in columns.values()] for r in rows]
     used = [i for i, column in enumerate(zip(*cells)) if any(column)]
     pick = lambda row: [row[i] for i in used]
     return Table(pick(list(columns)), [pick(row) for row in cells])
@@ -359,6 +376,7 @@ def choose(
     **kwargs, # Of compare: seeds, folder, device, progress, compile
 )->tuple: # The best label, and {label: its row of compare, or None where it diverged}
     "Compare settings on the validation split; the first of the best wins."
+    _check_contenders(settings, 'settings')
     if 'test' in kwargs:
         raise ValueError('test must be left out: choices are made on the validation split.')
     rows = {label: _row(make_student, settings[label], label, recipe, valid, kwargs)

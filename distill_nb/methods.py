@@ -142,7 +142,7 @@ def _settings_of(name):
     return list(METHODS[name].grid)
 
 def _check_setting(name, setting):
-    "The method of this name, after a check that it has such a setting."
+    "Refuse a setting that the method of this name does not have."
     known, make = _settings_of(name)[0], METHODS[name].make
     parameters = inspect.signature(make).parameters
     needed = [k for k in known if parameters[k].default is inspect.Parameter.empty]

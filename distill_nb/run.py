@@ -70,7 +70,7 @@ def preset(
 # %% ../nbs/run.ipynb #a67f9457
 @dataclass(frozen=True)
 class Place:
-    "Where a run takes place; nothing of this changes its result."
+    "Where a run takes place: elsewhere it is the same run."
     out: str = None # Folder for the results
     resume: bool = False # Continue the run that it holds?
     device: str = None # cpu, cuda or mps; None: the best there is
@@ -150,9 +150,12 @@ def given(self:_Common,
 # %% ../nbs/run.ipynb #6cbd86f6
 @patch
 def check(self:Options):
-    "Also the seeds, the loss, the recipes and the methods."
+    "Also the seeds, the loss, the recipes, the methods and how the teacher answers."
     _Common.check(self)
     whole('seeds', self.seeds, 1, 2**31 - 1)
+    if self.labels is not None: whole('labels', self.labels, 0)
+    must(self.data.startswith('folder:') or not self.skip_damaged, 'skip_damaged',
+         self.skip_damaged, 'left out for data that are no folder')
     DistillationLoss(**self.given('temperature', 'alpha'))
     Recipe(**self.recipe())
     epochs = self.teacher_epochs
@@ -160,6 +163,7 @@ def check(self:Options):
          'a finite number greater than 0')
     self._check_methods()
 
+# %% ../nbs/run.ipynb #928bdedc
 @patch
 def recipe(self:Options, *without)->dict:
     "What was said of the recipes, by the names of their fields."
@@ -502,7 +506,7 @@ def _result(job, name, command, found, teacher_seconds):
 
 # %% ../nbs/run.ipynb #9f217a7d
 def _save_networks(job, folder, found):
-    "The best distilled student and the teacher, with what one must know of them."
+    "Save the best distilled student and the teacher, with what one must know of them."
     students = {(s, n): kept for s, f in found.items()
                 for n, kept in f.comparison.students.items() if n != 'alone'}
     (setting, name), (accuracy, best) = max(students.items(), key=lambda item: item[1][0])
@@ -546,7 +550,7 @@ class _Said:
     def __call__(self, text): print(f'[{self.seconds():5.1f} s] {text}', flush=True)
 
 def _say_answers(job, folder, say):
-    "How the teacher answers, and what it takes, before anything is asked."
+    "Say how the teacher answers, and what that takes."
     for arm in [arm for arm in _arms(job) if arm.cache] or [_Arm('distilled', 'kd', None)]:
         task = _asked(job, arm, next(iter(job.tasks.values())), folder)
         data, how = task.transfer, 'the teacher is asked about every image in every epoch'
@@ -557,7 +561,7 @@ def _say_answers(job, folder, say):
 
 # %% ../nbs/run.ipynb #ae681069
 def _say_found(setting, found, say):
-    "Tries that failed, settings that were chosen or given, and what came of it."
+    "Say which tries failed, what was chosen or given, and what came of it."
     setting, tried = setting.replace('_', ' '), {t['method'] for t in found.tries}
     for t in (t for t in found.tries if t['valid_accuracy'] is None):
         values = {k: v for k, v in t.items() if k not in ('method', 'valid_accuracy')}
@@ -644,7 +648,9 @@ def check(self:FreeOptions):
     for name, least in (('classes', 2), ('channels', 1)):
         if getattr(self, name) is not None: whole(name, getattr(self, name), least, 2**31 - 1)
     images = self.steps * self.batch_size
-    must(images <= 10**10, 'steps times batch_size', images, 'at most 10,000,000,000 images')
+    if images > 10**10:
+        raise ValueError('steps times batch_size must be at most 10,000,000,000 images, '
+                         f'but is {images:,}.')
     must(self.way in WAYS, 'way', self.way, f"one of {', '.join(WAYS)}")
     if self.teacher_weights is None:
         raise ValueError('teacher_weights must be the file of a trained teacher: '

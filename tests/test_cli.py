@@ -316,6 +316,7 @@ def bad_files(tmp_path_factory):
     (['--teacher_weights', 'BAD/student.safetensors'], 'student.safetensors'),
     (['--teacher_weights', 'BAD/guessing.safetensors'], 'never trained'),
     (['--device', 'abacus'], 'device'), (['--precision', 'int1'], 'precision'), (['--nonsense'], 'nonsense'),
+    (['--skip_damaged'], 'skip_damaged'),
     (['--temperature', '1e300'], 'temperature'), (['--batch_size', '1000000000000'], 'batch_size'),
     (['--precision', 'float16', '--device', 'cpu'], 'float16'),
     (['--method', 'magic'], 'born_again'), (['--method', 'alone'], 'method'),

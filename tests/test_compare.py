@@ -1,5 +1,6 @@
 """Comparing: intervals, paired runs, contenders, choices, tables."""
 import copy, math, subprocess, sys, warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -196,6 +197,34 @@ def test_a_comparison_of_nothing_is_refused(teacher):
     with pytest.raises(ValueError, match='seeds'): compare(net, pair, RECIPE, images(), seeds=0)
     with pytest.raises(ValueError, match="contenders must be values of Contender, but 'a' is a tuple"):
         compare(net, {'a': (Supervised, images())}, RECIPE, images())
+
+
+@pytest.mark.parametrize('bad,said', [
+    (Contender(3, images()), "make of 'bad' must be a function from a student, but is 3"),
+    (Contender(Supervised, images(), 'long'), "recipe of 'bad' must be a Recipe or None, but is 'long'"),
+    (Contender(Supervised, images(), None, 3), "before of 'bad' must be a function without arguments, or None"),
+    (3, "must be values of Contender, but 'bad' is a int")])
+def test_a_contender_that_cannot_be_made_is_refused_before_any_is_trained(bad, said):
+    def never(): raise AssertionError('a student was made')
+    both = {'good': Contender(Supervised, images()), 'bad': bad}
+    with pytest.raises(ValueError, match=said): compare(never, both, RECIPE, images())
+    with pytest.raises(ValueError, match=said): choose(never, both, RECIPE, images())
+
+
+def test_settings_to_choose_from_must_be_some():
+    with pytest.raises(ValueError, match='settings must name at least one'): choose(net, {}, RECIPE, images())
+
+
+def test_a_contender_with_its_own_recipe_does_not_lengthen_the_others():
+    own = Contender(Supervised, images(600), replace(RECIPE, steps=2))
+    found = compare(net, {'a': Contender(Supervised, images()), 'own': own}, replace(RECIPE, steps=None, epochs=1),
+                    images(seed=1), seeds=1)
+    assert [len(h.losses['hard']) for h in found.histories.values()] == [8, 2]  # ceil(120 / 16), and its own
+
+
+def test_a_table_refuses_digits_and_keeps_its_columns_apart():
+    with pytest.raises(ValueError, match='digits must be a whole number of at least 0, but is -1'): table(ROWS, -1)
+    assert table([{'a': 'x|y'}])._repr_markdown_().endswith('| x\\|y |')
 
 
 def test_a_comparison_does_not_take_over_another_ones_runs(teacher, tmp_path):
