@@ -704,7 +704,8 @@ SCRIPT = """
 import json, os, sys, torch
 sys.path.insert(0, {tests!r})
 from torch import nn
-from test_features import AttentionTransfer, FeatureDistill, Hint, Supervised, fit, images, replace, RECIPE
+from dataclasses import replace
+from test_features import AttentionTransfer, FeatureDistill, Hint, Supervised, fit, images, RECIPE
 from accelerate import PartialState
 
 def net(width, seed):  # without batch statistics, which each process takes from its own part
