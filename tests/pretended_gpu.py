@@ -6,6 +6,7 @@ but tensor cores.
 """
 import warnings
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
@@ -105,7 +106,7 @@ CUDA = dict(is_available=lambda: True, device_count=lambda: 1, current_device=la
 @contextmanager
 def pretended():
     "Inside the `with` block this process has a card."
-    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
     fork, copied = torch.random.fork_rng, torch.nn.Parameter.__deepcopy__
     patches = [(torch.cuda, name, value) for name, value in CUDA.items()]
     patches += [(torch.accelerator, 'is_available', lambda: True),
@@ -117,8 +118,9 @@ def pretended():
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings('ignore', message='.*CUDA is not available.*')
         for owner, name, value in patches: stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        PartialState._reset_state()  # which knows no card yet
-        stack.callback(PartialState._reset_state)
+        reset = partial(AcceleratorState._reset_state, reset_partial_state=True)
+        reset()  # what was there knows no card yet
+        stack.callback(reset)
         yield stack.enter_context(Card())
 
 
