@@ -202,16 +202,22 @@ class ImageFiles(ImageData):
 
 # %% ../nbs/folders.ipynb #95ea5d09
 @patch(as_prop=True)
-def channels(self:ImageFiles): return self._stored[0]
+def channels(self:ImageFiles):
+    "1 (grey) or 3 (RGB), as the files are read."
+    return self._stored[0]
 
 @patch(as_prop=True)
-def side(self:ImageFiles): return self._stored[1]
+def side(self:ImageFiles):
+    "Height and width in pixels that the files are read at."
+    return self._stored[1]
 
+# %% ../nbs/folders.ipynb #95ea5d0b
 @patch
 def _digests(self:ImageFiles): return self._hashes.tobytes()
 
 @patch
 def to(self:ImageFiles, device):
+    "The same files, read to `device`."
     new = self._copy(y=self.y.to(device))
     new._hash = self._hash
     return new
@@ -247,6 +253,7 @@ def _reader(self:ImageFiles):
 
 @patch
 def pixels(self:ImageFiles, index):
+    "Read the images of `index` (B,): uint8 (B, channels, side, side), on the device of the labels."
     return torch.from_numpy(self._reader().read(index.cpu().numpy())).to(self.device)
 
 @patch
