@@ -23,7 +23,7 @@ from .files import must, progress_bar, whole, write_atomic
 from .data import CropFlip, ImageData
 from .folders import load_data
 from .models import count_macs
-from .training import (Recipe, Supervised, _Run, _Setting, best_precision, evaluate, fit,
+from .training import (Recipe, Run, Setup, Supervised, best_precision, evaluate, fit,
                                  fit_device, image_order)
 from .compare import table
 from .logits import Distill, check_teacher
@@ -69,7 +69,8 @@ class _Work(NamedTuple):
     device: torch.device
 
     def models(self):
-        return (copy.deepcopy(m).to(self.device) for m in (self.teacher, self.student))
+        own = [copy.deepcopy(m).to(self.device) for m in (self.teacher, self.student)]
+        return own[0].eval(), own[1].train()
 
 # %% ../nbs/bench.ipynb #eb757eb8
 class _PilImages(Dataset):
@@ -97,7 +98,6 @@ class Naive:
     precision, asks, ahead = 'float32', True, 0
     def __init__(self, work):
         self.work, (self.teacher, self.student) = work, work.models()
-        self.teacher.eval()
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=0.001)
         self.images = _PilImages(work.data)
 
@@ -189,9 +189,8 @@ class _Ours:
     def __init__(self, work, objective, data):
         self.precision = best_precision(work.device)
         recipe = Recipe(steps=10**6, batch_size=work.batch_size)
-        setting = _Setting(device=work.device.type, progress=False, save_every=1e9)
-        run = _Run(objective, data, recipe, setting=setting)
-        self.steps = run.steps()
+        setup = Setup(device=work.device.type, progress=False, save_every=1e9)
+        self.steps = Run(objective, data, recipe, setup=setup).steps()
 
     def start(self): pass
     def stop(self): pass
@@ -230,8 +229,7 @@ class TeacherForward:
     def __init__(self, work):
         self.precision, self.device = best_precision(work.device), work.device
         order = image_order(self.precision != 'float32', work.device)
-        teacher = next(work.models()).eval().requires_grad_(False)
-        self.teacher = teacher.to(memory_format=order)
+        self.teacher = work.models()[0].to(memory_format=order)
         index = torch.arange(work.batch_size) % len(work.data)
         self.x = work.data.to(work.device).get(index).x.to(memory_format=order)
 

@@ -27,7 +27,7 @@ def _run(function, name, options, prepare, run):
     folder = Path(options.out) if options.out else free_folder(name)
     job = prepare(options, folder)
     command = command_line(function, asdict(options), out=str(folder))
-    with kept_if_worth(folder): return run(job, folder, command, start)
+    with kept_if_worth(folder): return run(job, command, start)
 
 # %% ../nbs/cli.ipynb #4d3ca31e
 def distill_nb(

@@ -6,9 +6,8 @@
 __all__ = ['interval', 'share_interval', 'agreement', 'Contender', 'Comparison', 'compare', 'Table', 'table', 'choose', 'paired']
 
 # %% ../nbs/compare.ipynb #d381db1e
-import math, re, warnings, weakref
+import math, re, statistics, warnings, weakref
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,19 +16,20 @@ from torch import Tensor, nn
 
 from .files import fingerprint, must, progress_bar, whole
 from .losses import check_logits
-from .training import (DivergedError, Recipe, calibration_error, evaluate, fit,
-                                 fit_device, placed, predict)
+from .data import Measure
+from .training import (DivergedError, Recipe, evaluate, fit, fit_device, placed,
+                                 setup_of)
 
 # %% ../nbs/compare.ipynb #6a2890fc
 def interval(
     values, # One measurement per seed
 )->tuple: # Mean, and the interval's ends [low, high]; None in their place for fewer than two values
     "Mean and 95 % interval of a mean, by Student's t distribution."
-    from scipy.stats import t as student_t
-    v = torch.tensor(list(values), dtype=torch.float64)
-    mean = v.mean().item()
+    from scipy.stats import t
+    v = [float(value) for value in values]
+    mean = statistics.mean(v)
     if len(v) < 2: return mean, None
-    half = float(student_t.ppf(0.975, len(v) - 1)) * v.std().item() / math.sqrt(len(v))
+    half = float(t.ppf(0.975, len(v) - 1)) * statistics.stdev(v) / math.sqrt(len(v))
     return mean, [mean - half, mean + half]
 
 # %% ../nbs/compare.ipynb #25a6c9fe
@@ -43,13 +43,18 @@ def share_interval(
     return [float(ends.low), float(ends.high)]
 
 # %% ../nbs/compare.ipynb #de0df4f9
+def _share_of(same, there=None): # What is True among the places that are there
+    return (same if there is None else same[there]).double().mean().item()
+
 def agreement(
-    student_logits:Tensor, # Raw scores, shape (N, C)
-    teacher_logits:Tensor, # Raw scores, shape (N, C)
+    student_logits:Tensor, # Raw scores, shape (..., C)
+    teacher_logits:Tensor, # Raw scores, shape (..., C)
+    weight:Tensor|None=None, # Of each place, shape (...); 0: not there; None: all are there
 )->float: # Between 0 and 1
-    "Share of images on which both choose the same class."
+    "Share of places on which both choose the same class."
     check_logits(student_logits, teacher_logits)
-    return (student_logits.argmax(1) == teacher_logits.argmax(1)).double().mean().item()
+    same = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+    return _share_of(same, None if weight is None else weight > 0)
 
 # %% ../nbs/compare.ipynb #02870342
 class Contender(NamedTuple):
@@ -71,8 +76,9 @@ class Comparison:
     "What `compare` measured: a dict for each run, and of each contender a history and a student."
     runs: list # A dict for each run: model, seed, seconds and what was measured
     baseline: str # The contender that the others are compared with
+    primary: Measure # What they are compared by
     histories: dict = field(default_factory=dict) # {name: History}, of the first seed
-    students: dict = field(default_factory=dict) # {name: (validation accuracy, best student)}
+    students: dict = field(default_factory=dict) # {name: (value on the validation split, student)}
 
     @property
     def seeds(self):
@@ -87,9 +93,20 @@ class Comparison:
 # %% ../nbs/compare.ipynb #ee38504f
 @patch(as_prop=True)
 def measure(self:Comparison)->str:
-    "What the contenders are compared by: the test accuracy where it was measured."
-    return 'accuracy' if 'accuracy' in self.runs[0] else 'valid_accuracy'
+    "What the contenders are compared by: the primary measure, on the test split where it is."
+    name = self.primary.name
+    return name if name in self.runs[0] else f'valid_{name}'
 
+@patch
+def label(self:Comparison,
+    measure:str, # A key of the runs
+)->str: # For an axis
+    "What a measure is called in words."
+    name = self.primary.name
+    words = {name: f'test {name}', f'valid_{name}': f'validation {name}'}
+    return words.get(measure, measure).replace('_', ' ')
+
+# %% ../nbs/compare.ipynb #887037f3
 @patch
 def values(self:Comparison,
     name:str, # A contender
@@ -119,24 +136,33 @@ def _by_seed(self:Comparison, name):
     return found
 
 # %% ../nbs/compare.ipynb #91aa994a
-def _measure(student, teacher_logits, valid, test):
-    "A trained student's figures: on the validation split, and on the test split if there is one."
-    found = {'valid_accuracy': evaluate(student, valid).accuracy}
-    if test is None: return found
-    logits = predict(student, test)
-    found['accuracy'] = (logits.argmax(1) == test.y).double().mean().item()
-    found['ece'] = calibration_error(logits, test.y)
-    if teacher_logits is not None: found['agreement'] = agreement(logits, teacher_logits)
-    return found
+class _Noted:
+    "Data that, while they are measured, note the class that is chosen at each place."
+    def __init__(self, data): self.data, self.choices = data, None
+    def __getattr__(self, name): return getattr(self.data, name)
+
+    def measure(self, answers):
+        self.choices = []
+        found = self.data.measure(self._noting(answers))
+        self.choices = torch.cat(self.choices)  # of every place, one after the other
+        return found
+
+    def _noting(self, answers):
+        for logits, batch in answers:
+            chosen = logits.argmax(-1)  # (B, ..., C) -> (B, ...)
+            if batch.weight is not None: chosen = chosen.masked_fill(batch.weight == 0, -1)
+            self.choices.append(chosen.flatten())
+            yield logits, batch
 
 # %% ../nbs/compare.ipynb #4a33a0b3
 @patch
 def _keep(self:Comparison, name, seed, student, history, measured):
-    self.runs.append({'model': name, 'seed': seed, 'seconds': history.seconds} | measured)
+    self.runs.append({'model': name, 'seed': seed} | measured | {'seconds': history.seconds})
     self.histories.setdefault(name, history)
-    accuracy = measured['valid_accuracy']
-    if name not in self.students or accuracy > self.students[name][0]:
-        self.students[name] = (accuracy, student)
+    value = measured[f'valid_{self.primary.name}']
+    best = self.students.get(name)
+    if best is None or self.primary.key(value) > self.primary.key(best[0]):
+        self.students[name] = value, student
 
 # %% ../nbs/compare.ipynb #a624b04a
 def _check_seeds(seeds):
@@ -192,29 +218,35 @@ def _trials(make_student, contenders, seeds, progress):
 
 # %% ../nbs/compare.ipynb #79535def
 def _in_steps(recipe, contenders):
-    "The recipe of all with a number of steps: as many as the one with the most images takes."
+    "The recipe of all with a number of steps: as many as the one with the most items takes."
     steps = [recipe.total_steps(len(c.data)) for c in contenders.values() if c.recipe is None]
     return replace(recipe, steps=max(steps)) if steps else recipe
 
-def _train(contender, student, recipe, name, seed, folder, **kwargs):
-    "The history of one trial; where it diverged, the message says whose it was."
-    where, recipe = folder and Path(folder)/f'{name}-{seed}', contender.recipe or recipe
-    try: return fit(contender.objective(student), contender.data, replace(recipe, seed=seed),
-                    folder=where, resume=True, **kwargs)
+@patch
+def _train(self:Contender, student, recipe, valid, setup, trial):
+    "The history of one trial, a name and a seed; where it diverged, the message says whose it was."
+    name, seed = trial
+    recipe, setup = replace(self.recipe or recipe, seed=seed), setup.inside(f'{name}-{seed}')
+    try: return fit(self.objective(student), self.data, recipe, valid, setup=setup)
     except DivergedError as e: raise DivergedError(f'{name}, seed {seed}: {e}') from e
 
 # %% ../nbs/compare.ipynb #2aedc0ac
 class _Judge:
     "Measures students on the validation split, and on the test split where there is one."
     def __init__(self, valid, test, teacher, device):
-        self.valid, self.device = valid.to(device), device
-        self.test, self.answers = None if test is None else test.to(device), None
+        self.valid, self.device, self.taught = valid.to(device), device, None
+        self.test = None if test is None else _Noted(test.to(device))
         if teacher is None or test is None: return
-        with placed(teacher, device): self.answers = predict(teacher, self.test)
+        with placed(teacher, device): evaluate(teacher, self.test)
+        self.taught = self.test.choices
 
     def __call__(self, student):
+        name = self.valid.measures[0].name
         with placed(student, self.device):
-            return _measure(student, self.answers, self.valid, self.test)
+            found = {f'valid_{name}': evaluate(student, self.valid)[name]}
+            if self.test is not None: found |= evaluate(student, self.test)
+        if self.taught is None: return found
+        return found | {'agreement': _share_of(self.test.choices == self.taught, self.taught >= 0)}
 
 # %% ../nbs/compare.ipynb #f8ea4bfe
 def _check_contenders(contenders, name='contenders'):
@@ -232,52 +264,51 @@ def _check_contenders(contenders, name='contenders'):
              'a function without arguments, or None')
 
 # %% ../nbs/compare.ipynb #2ee0bf12
-def _begin(contenders, valid, test, teacher, kwargs):
-    "An empty comparison and its judge; from here on the device and the data on it are fixed."
+def _begin(contenders, valid, test, teacher, setup):
+    "An empty comparison, its judge and the setup of its runs, in which the device is fixed."
     _check_contenders(contenders)
-    kwargs['device'] = fit_device(kwargs.get('device'))
-    judge = _Judge(valid, test, teacher, kwargs['device'])
-    kwargs['valid'] = judge.valid
-    return Comparison([], next(iter(contenders))), judge
+    must(valid.measures, 'measures of valid', valid.measures, 'at least one Measure')
+    setup = replace(setup, device=fit_device(setup.device), resume=True)
+    judge = _Judge(valid, test, teacher, setup.device)
+    return Comparison([], next(iter(contenders)), valid.measures[0]), judge, setup
 
 # %% ../nbs/compare.ipynb #435a7d24
 def compare(
     make_student, # Called without arguments; makes a new student (the seed is set before)
     contenders:dict, # {name: Contender}; the first is the baseline
     recipe:Recipe, # For all that have none of their own
-    valid, # Validation split
+    valid, # Validation split: the first of its measures is what they are compared by
     test=None, # Test split: give it once, when all choices are made
-    teacher:nn.Module|None=None, # For the agreement on the test split
+    teacher:nn.Module|None=None, # For the agreement on the test split: a network or a Teacher
     seeds=5, # Number of seeds, or the seeds themselves
-    folder:str|Path|None=None, # Checkpoints of each run; an interrupted comparison continues
-    **kwargs, # Of fit: device, progress, compile
+    **setup, # Fields of Setup; with a folder an interrupted comparison continues
 )->Comparison:
     "Train every contender from the same initial weights, for the same steps, over several seeds."
     seeds = _check_seeds(seeds)
-    found, judge = _begin(contenders, valid, test, teacher, kwargs)
-    recipe, progress = _in_steps(recipe, contenders), kwargs.get('progress', True)
-    for seed, name, student in _trials(make_student, contenders, seeds, progress):
-        history = _train(contenders[name], student, recipe, name, seed, folder, **kwargs)
-        found._keep(name, seed, student, history, judge(student))
+    found, judge, setup = _begin(contenders, valid, test, teacher, setup_of(setup))
+    recipe = _in_steps(recipe, contenders)
+    with torch.random.fork_rng([setup.device] if setup.device.type == 'cuda' else []):
+        for seed, name, student in _trials(make_student, contenders, seeds, setup.progress):
+            history = contenders[name]._train(student, recipe, judge.valid, setup, (name, seed))
+            found._keep(name, seed, student, history, judge(student))
     return found
 
 # %% ../nbs/compare.ipynb #83400f1e
 @patch
 def rows(self:Comparison,
-    measure:str|None=None, # A key of the runs, such as 'valid_accuracy'; None: the usual one
+    measure:str|None=None, # A key of the runs; None: the usual one, with the means of all others
 )->list: # A dict for each contender: its mean, interval and difference
     "Mean over the seeds, and the difference to the baseline paired by seed, with 95 % intervals."
-    measure, out = measure or self.measure, []
-    base = self.values(self.baseline, measure)
+    usual, measure, out = measure is None, measure or self.measure, []
+    base, name_of = self.values(self.baseline, measure), self.primary.name
+    more = [k for k in self.runs[0] if k not in ('model', 'seed', name_of, f'valid_{name_of}')]
     for name in self.names:
         own = self.values(name, measure)
         row = dict(zip(('model', measure, 'ci95'), (name, *interval(own))))
         if name != self.baseline:
             difference = interval(a - b for a, b in zip(own, base))
             row |= zip(('difference', 'difference_ci95'), difference)
-        means = [k for k in ('agreement', 'ece', 'seconds') if k in self.runs[0]]
-        row |= {k: interval(self.values(name, k))[0] for k in means}
-        out.append(row)
+        out.append(row | {k: interval(self.values(name, k))[0] for k in more if usual})
     return out
 
 # %% ../nbs/compare.ipynb #482023a5
@@ -354,7 +385,7 @@ def plot(self:Comparison,
     left, right = ax if ax is not None else plt.subplots(1, 2, figsize=(8, 2.8))[1]
     for values in zip(*(self.values(name, measure) for name in self.names)):
         left.plot(self.names, values, marker='o', color='C0', alpha=0.5, lw=0.8)
-    left.set_ylabel('validation accuracy' if measure == 'valid_accuracy' else measure)
+    left.set_ylabel(self.label(measure))
     self._plot_differences(right, measure)
     if len(self.names) > 4:
         for axis in (left, right): axis.tick_params('x', rotation=60)
@@ -362,9 +393,21 @@ def plot(self:Comparison,
     return left.figure
 
 # %% ../nbs/compare.ipynb #acaec43c
-def _row(make_student, contender, label, recipe, valid, kwargs):
-    try: return compare(make_student, {label: contender}, recipe, valid, **kwargs).rows()[0]
-    except DivergedError: return None
+def _tried(make_student, settings, recipe, valid, seeds, setup):
+    "{label: its row of compare, or None where it diverged}."
+    def row(label):
+        alone = {label: settings[label]}
+        found = compare(make_student, alone, recipe, valid, seeds=seeds, setup=setup)
+        return found.rows()[0]
+    rows = dict.fromkeys(settings)
+    for label in settings:
+        try: rows[label] = row(label)
+        except DivergedError: pass
+    return rows
+
+def _best(rows, primary):
+    def value(label): return primary.key(rows[label][f'valid_{primary.name}'])
+    return max(filter(rows.get, rows), key=value)
 
 # %% ../nbs/compare.ipynb #ded7d19f
 def choose(
@@ -373,27 +416,27 @@ def choose(
     recipe:Recipe, # The same for all
     valid, # Validation split, on which the choice is made
     name:str='the training', # What the settings belong to, for a message
-    **kwargs, # Of compare: seeds, folder, device, progress, compile
+    seeds=5, # Number of seeds, or the seeds themselves
+    **setup, # Fields of Setup, as for compare
 )->tuple: # The best label, and {label: its row of compare, or None where it diverged}
     "Compare settings on the validation split; the first of the best wins."
     _check_contenders(settings, 'settings')
-    if 'test' in kwargs:
+    if 'test' in setup:
         raise ValueError('test must be left out: choices are made on the validation split.')
-    rows = {label: _row(make_student, settings[label], label, recipe, valid, kwargs)
-            for label in settings}
+    rows = _tried(make_student, settings, recipe, valid, seeds, setup_of(setup))
     if not any(rows.values()):
         raise DivergedError(f'every setting of {name} diverged; a smaller learning rate than '
                             f'{recipe.lr:g} usually helps.')
-    return max(filter(rows.get, rows), key=lambda label: rows[label]['valid_accuracy']), rows
+    return _best(rows, valid.measures[0]), rows
 
 # %% ../nbs/compare.ipynb #7ea01b48
 def paired(
     row:dict, # Of a stored result
     other:dict, # Of the same or another one
-    measure:str='accuracy', # A key of their runs
+    measure:str, # A key of their runs
 )->tuple: # Mean, and the interval's ends [low, high]
     "The difference of two rows, paired by seed."
     runs = [{'model': i, 'seed': run['seed'], measure: run[measure]}
             for i, r in enumerate((row, other)) for run in r['runs']]
-    difference = Comparison(runs, 1).rows(measure)[0]
+    difference = Comparison(runs, 1, Measure(measure)).rows(measure)[0]
     return difference['difference'], difference['difference_ci95']

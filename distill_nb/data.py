@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Batch', 'show_images', 'CropFlip', 'mix', 'epoch_order', 'resize', 'ResizedCrop', 'count_values', 'channel_stats',
-           'ImageData', 'Splits', 'stratified', 'digits', 'few_labels']
+           'Measure', 'Measured', 'Data', 'Sight', 'ImageData', 'calibration_error', 'Splits', 'stratified', 'digits',
+           'few_labels']
 
 # %% ../nbs/02_data.ipynb #9867b1bb
 import copy, hashlib, json, math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 import numpy as np
@@ -18,15 +19,16 @@ from torch import Tensor
 from fastcore.basics import patch
 
 from .files import must, whole
-from .losses import UNLABELLED
+from .losses import UNLABELLED, check_rows
 
 # %% ../nbs/02_data.ipynb #0ad28a7a
 class Batch(NamedTuple):
-    "What every objective receives: images, labels, and which view of which image each row is."
-    x: Tensor  # Normalised images, float, shape (B, channels, H, W)
-    y: Tensor  # Labels, int64, shape (B,); UNLABELLED where there is none
-    index: Tensor  # Position of each image in its data set, int64, shape (B,)
+    "What every objective receives: inputs, labels, and which view of which item each row is."
+    x: Tensor  # Inputs: normalised images, float, (B, channels, H, W), or tokens, int64, (B, L)
+    y: Tensor  # Labels, int64, (B,), (B, L) ...; UNLABELLED: none; or probabilities, (..., C)
+    index: Tensor  # Position of each row in its data set, int64, (B,); -1: not from the data set
     view: Tensor  # Number of the augmentation, int64, shape (B,); 0 is none
+    weight: Tensor|None = None  # How much each place of y counts; 0: not there; None: all 1
 
 # %% ../nbs/02_data.ipynb #bd1d3f6f
 def show_images(
@@ -230,6 +232,119 @@ def channel_stats(
     std = torch.where(std > 0, std, 1.)  # a constant channel is only centred
     return mean.tolist(), std.tolist()
 
+# %% ../nbs/02_data.ipynb #a6de0b11
+class Measure(NamedTuple):
+    "Something to measure of a model's answers, and which way is better."
+    name: str  # In rows, tables and plots
+    higher: bool = True  # Is more better?
+    share: bool = False  # Is it a share of the whole, to be shown in percent?
+
+    def key(self,
+        value:float,  # A measured value
+    )->float:
+        "What is greatest for the best value; NaN is worse than anything."
+        if math.isnan(value): return -math.inf
+        return value if self.higher else -value
+
+# %% ../nbs/02_data.ipynb #a6de0b13
+class Measured(dict):
+    "Named values, the primary one first: `m.accuracy` reads `m['accuracy']`."
+    def __getattr__(self, name):
+        if name in self: return self[name]
+        raise AttributeError(f"{name!r} was not measured; there is {', '.join(self)}.")
+
+    def __repr__(self):
+        return f"Measured({', '.join(f'{k}={v:.4g}' for k, v in self.items())})"
+
+# %% ../nbs/02_data.ipynb #a6de0b15
+class Data:
+    "What training asks of a data set; a subclass adds what only it can know."
+    n_views = 1  # of every item
+    measures = ()  # what `measure` gives, as Measure; the first is primary
+    chance = None  # share of each class, (C,), which is what a guesser knows; None: not known
+
+    def __getattr__(self, name):
+        asked = name in 'classes device get measure to subset fingerprint'.split()
+        why = f'a data set needs {name!r}, which {type(self).__name__} lacks' if asked else name
+        raise AttributeError(why)
+
+    @property
+    def labelled(self):
+        "Which items have a label, bool, shape (N,)."
+        return torch.ones(len(self), dtype=torch.bool, device=self.device)
+
+# %% ../nbs/02_data.ipynb #a6de0b42
+@patch
+def view_at(self:Data, index, number):
+    "The view that is item `index`'s view `number`, both (B,); here they are the same."
+    return number
+
+@patch
+def view_number(self:Data, index, view):
+    "Which of item `index`'s views this is: undoes `view_at`."
+    return view
+
+# %% ../nbs/02_data.ipynb #a6de0b16
+@patch
+def view_of(self:Data,
+    seed:int,  # Of the run
+    epoch:int,  # Counted from 0
+    index:Tensor,  # Positions, shape (B,)
+)->Tensor:  # Numbers of views, int64, shape (B,)
+    "The view that each item gets in an epoch: a pure function of seed, epoch and position."
+    index = torch.as_tensor(index)
+    return self.view_at(index, mix(seed, epoch, index) % self.n_views)
+
+@patch
+def arranged(self:Data, batch, half):
+    "The batch in the order of memory that is fastest (`half`: in 16 bits); most have only one."
+    return batch
+
+# %% ../nbs/02_data.ipynb #a6de0b17
+@patch
+def stream(self:Data,
+    plan,  # Pairs (index, view) of tensors, one pair for each batch
+):
+    "The batches of a plan, one after the other."
+    for index, view in plan: yield self.get(index, view)
+
+@patch
+def batches(self:Data,
+    batch_size:int,  # Items in a batch; the last may be smaller
+):
+    "All items in order, without augmentation: for evaluation."
+    whole('batch_size', batch_size)
+    parts = torch.arange(len(self)).split(batch_size)
+    return self.stream((index, torch.zeros_like(index)) for index in parts)
+
+# %% ../nbs/02_data.ipynb #a6de0b19
+@patch
+def seen(self:Data,
+    **wanted,  # What a network wants of its inputs, such as mean, std and size; None: as they are
+)->Data:
+    "The same items and views in the form that a network wants."
+    asked = [k for k, v in wanted.items() if v is not None]
+    if not asked: return self
+    raise ValueError(f"a {type(self).__name__} gives its items in one form, "
+                     f"but a network wants its own {', '.join(asked)}.")
+
+# %% ../nbs/02_data.ipynb #a6de0b1b
+@dataclass(frozen=True)
+class Sight:
+    "How a network sees the images of a data set."
+    mean: list = None  # Of each channel, on the scale 0 to 1; computed from the pixels if None
+    std: list = None  # Of each channel, on the same scale; computed from the pixels if None
+    augment: object = CropFlip()  # Makes the views: a CropFlip or a ResizedCrop
+    size: int = None  # Side of the images that the model sees; what augment gives if None
+    views: int = None  # Show only this many views of each image; all that augment has if None
+
+    def wanting(self, mean=None, std=None, size=None):
+        "The same views for a network that wants another normalisation or size."
+        changes = {k: v for k, v in dict(mean=mean, std=std, size=size).items() if v is not None}
+        if size and hasattr(self.augment, 'size'):
+            changes['augment'] = replace(self.augment, size=size)
+        return replace(self, **changes)
+
 # %% ../nbs/02_data.ipynb #dd5e0aae
 def _images(x):
     "The pixels as a tensor, unless they cannot be a set of images."
@@ -241,32 +356,26 @@ def _images(x):
                          f'but has shape {tuple(x.shape)}.')
     return x
 
-def _normalisation(x, mean, std):
-    "Mean and standard deviation as given, or else those of these pixels."
-    if mean is not None and std is not None: return mean, std
-    found = channel_stats(count_values(x))
-    return found[0] if mean is None else mean, found[1] if std is None else std
+def _normalised(sight, x):
+    "With mean and standard deviation as given, or else those of these pixels."
+    if sight.mean is not None and sight.std is not None: return sight
+    mean, std = channel_stats(count_values(x))
+    return replace(sight, mean=mean if sight.mean is None else sight.mean,
+                   std=std if sight.std is None else sight.std)
 
 # %% ../nbs/02_data.ipynb #167d65a9
-class ImageData:
+class ImageData(Data):
     "Square images as one uint8 tensor on a device, with labels, views and normalisation."
-    _settings = ('augment', 'mean', 'std', 'size', 'name', 'views')  # what replace can change
-
     def __init__(self,
         x:Tensor,  # Pixels, uint8, shape (N, channels, H, W) with H = W
         y:Tensor,  # Labels, integers, shape (N,); UNLABELLED where there is none
         classes:list,  # Names of the classes; label 0 is the first
-        mean:list=None,  # Of each channel, on the scale 0 to 1; computed from x if None
-        std:list=None,  # Of each channel, on the same scale; computed from x if None
-        augment=CropFlip(),  # Makes the views: a CropFlip or a ResizedCrop
-        size:int=None,  # Side of the images that the model sees; what augment gives if None
         name:str='',  # For tables and messages
-        views:int=None,  # Show only this many views of each image; all that augment has if None
+        **sight,  # Fields of Sight: mean, std, augment, size, views
     ):
         self.x = _images(x)
         self._set_labels(y, classes, len(self.x), self.x.device)
-        mean, std = _normalisation(self.x, mean, std)
-        self._set(augment=augment, mean=mean, std=std, size=size, name=name, views=views)
+        self._set(_normalised(Sight(**sight), self.x), name=name)
 
 # %% ../nbs/02_data.ipynb #d35731e7
 @patch
@@ -289,14 +398,23 @@ def side(self:ImageData):
 
 # %% ../nbs/02_data.ipynb #62ea0ddf
 @patch(as_prop=True)
+def mean(self:ImageData): return self.sight.mean
+
+@patch(as_prop=True)
+def std(self:ImageData): return self.sight.std
+
+@patch(as_prop=True)
+def augment(self:ImageData): return self.sight.augment
+
+@patch(as_prop=True)
 def size(self:ImageData):
     "Side of the images that the model sees."
-    return self._size or getattr(self.augment, 'size', self.side)
+    return self.sight.size or getattr(self.augment, 'size', self.side)
 
 @patch(as_prop=True)
 def n_views(self:ImageData):
     "How many views of each image are shown."
-    return self.views or self.augment.n
+    return self.sight.views or self.augment.n
 
 # %% ../nbs/02_data.ipynb #414be1a6
 def _check_form(y, n):
@@ -325,18 +443,18 @@ def _check_labels(y, classes):
 
 # %% ../nbs/02_data.ipynb #298af963
 @patch
-def _check_settings(self:ImageData):
-    "Refuse settings that do not fit the images."
-    if self._size is not None: whole('size', self._size)
-    n, views = self.augment.n, self.views
-    must(views is None or isinstance(views, int) and 1 <= views <= n, 'views', views,
-         f'a whole number from 1 to the {n:,} that {self.augment} has')
-    for name, values in (('mean', self.mean), ('std', self.std)):
+def _check_sight(self:ImageData):
+    "Refuse a sight that does not fit the images."
+    s, n = self.sight, self.augment.n
+    if s.size is not None: whole('size', s.size)
+    must(s.views is None or isinstance(s.views, int) and 1 <= s.views <= n, 'views', s.views,
+         f'a whole number from 1 to the {n:,} that {s.augment} has')
+    for name, values in (('mean', s.mean), ('std', s.std)):
         if len(values) != self.channels:
             raise ValueError(f'{name} must hold one number for each of the '
                              f'{self.channels} channels, but is {values}.')
-    must(all(map(math.isfinite, self.mean)), 'mean', self.mean, 'finite numbers')
-    must(all(0 < s < math.inf for s in self.std), 'std', self.std, 'finite numbers greater than 0')
+    must(all(map(math.isfinite, s.mean)), 'mean', s.mean, 'finite numbers')
+    must(all(0 < v < math.inf for v in s.std), 'std', s.std, 'finite numbers greater than 0')
 
 # %% ../nbs/02_data.ipynb #515987f8
 @patch
@@ -348,11 +466,12 @@ def _set_labels(self:ImageData, y, classes, n, device=None):
     self.y = y.to(device or y.device, torch.int64)
 
 @patch
-def _set(self:ImageData, **values):
-    "Take over values, check the settings, and put the normalisation on the device."
-    for k, v in values.items(): setattr(self, '_size' if k == 'size' else k, v)
-    self.mean, self.std = ([float(u) for u in v] for v in (self.mean, self.std))
-    self._check_settings()
+def _set(self:ImageData, sight, **content):
+    "Take over contents and a sight, check it, and put the normalisation on the device."
+    for k, v in content.items(): setattr(self, k, v)
+    numbers = ([float(u) for u in v] for v in (sight.mean, sight.std))
+    self.sight = replace(sight, **dict(zip(('mean', 'std'), numbers)))
+    self._check_sight()
     mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.mean, self.std))
     self._scale, self._shift, self._hash = 1/(255*std), -mean/std, {}
 
@@ -392,49 +511,99 @@ def get(self:ImageData,
 
 # %% ../nbs/02_data.ipynb #b1588fa5
 @patch
-def view_of(self:ImageData,
-    seed:int,  # Of the run
-    epoch:int,  # Counted from 0
-    index:Tensor,  # Positions, shape (B,)
-)->Tensor:  # Numbers of views, int64, shape (B,)
-    "The view that each image gets in an epoch: a pure function of seed, epoch and position."
-    number = mix(seed, epoch, torch.as_tensor(index)) % self.n_views
-    return self.view_at(index, number) if self.views else number
+def view_of(self:ImageData, seed, epoch, index):
+    "As of every data set; where all views are shown, a view's number is the view."
+    if self.sight.views: return Data.view_of(self, seed, epoch, index)
+    return mix(seed, epoch, torch.as_tensor(index)) % self.n_views
 
-# %% ../nbs/02_data.ipynb #75a75d38
-@patch
-def stream(self:ImageData,
-    plan,  # Pairs (index, view) of tensors, one pair for each batch
-):
-    "The batches of a plan, one after the other."
-    for index, view in plan: yield self.get(index, view)
+# %% ../nbs/02_data.ipynb #a6de0b1c
+def _gaps(logits, labels, bins=15):
+    "Confidence minus hits, summed in each bin of confidence: (N, C) and (N,) -> float64, (bins,)."
+    confidence, predicted = logits.double().softmax(-1).max(-1)
+    gap = confidence - (predicted == labels).double()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    sums = torch.zeros(bins, dtype=torch.float64, device=logits.device)
+    return sums.index_add_(0, which, gap)
 
-# %% ../nbs/02_data.ipynb #a8bf02a6
+def calibration_error(
+    logits:Tensor,  # Raw scores, shape (..., C)
+    labels:Tensor,  # Right classes, shape (...)
+    bins:int=15,  # Equally wide bins of confidence
+)->float:  # Between 0 and 1
+    "Expected calibration error, Guo et al. 2017, eq. 3."
+    check_rows(logits, 'logits')
+    must(labels.shape == logits.shape[:-1], 'labels', tuple(labels.shape),
+         f'of the shape {tuple(logits.shape[:-1])}, one for each row')
+    gaps = _gaps(logits.flatten(0, -2), labels.flatten(), bins)
+    return (gaps.abs().sum() / labels.numel()).item()
+
+# %% ../nbs/02_data.ipynb #a6de0b1e
+ImageData.measures = (Measure('accuracy', share=True), Measure('loss', higher=False),
+                      Measure('ece', higher=False, share=True))
+
+@patch(as_prop=True)
+def labelled(self:ImageData):
+    "Which images have a label, bool, shape (N,)."
+    return self.y != UNLABELLED
+
+@patch(as_prop=True)
+def chance(self:ImageData):
+    "The share of each class among the labelled images, float64, shape (C,)."
+    counts = self.y[self.labelled].bincount(minlength=len(self.classes)).double()
+    return counts / counts.sum()
+
+# %% ../nbs/02_data.ipynb #a6de0b1f
+def _there(logits, batch): return (t[batch.weight > 0] for t in (logits, batch.y))
+
 @patch
-def batches(self:ImageData,
-    batch_size:int,  # Images in a batch; the last may be smaller
-):
-    "All images in order, without augmentation: for evaluation."
-    whole('batch_size', batch_size)
-    parts = torch.arange(len(self)).split(batch_size)
-    return self.stream((index, torch.zeros_like(index)) for index in parts)
+def measure(self:ImageData,
+    answers,  # Pairs of logits, shape (B, C), and the batch that they are for
+)->dict:  # {name: value}
+    "Accuracy, cross-entropy with the labels in nats, and expected calibration error."
+    n = right = loss = gaps = 0
+    for logits, batch in answers:
+        z, y = (logits, batch.y) if batch.weight is None else _there(logits, batch)
+        n, right = n + len(y), right + (z.argmax(1) == y).sum()
+        loss = loss + F.cross_entropy(z, y, reduction='sum').double()
+        gaps = gaps + _gaps(z, y)
+    return {'accuracy': right.item()/n, 'loss': loss.item()/n, 'ece': gaps.abs().sum().item()/n}
 
 # %% ../nbs/02_data.ipynb #323f0911
 @patch
-def _copy(self:ImageData, **changes):
+def _copy(self:ImageData, sight=None, **content):
     new = copy.copy(self)
-    new._set(**changes)
+    new._set(sight or self.sight, **content)
     return new
 
 @patch
 def replace(self:ImageData,
-    **changes,  # New values of augment, mean, std, size, name or views
+    **changes,  # A new name, or new values of fields of Sight: mean, std, augment, size, views
 )->ImageData:
-    "A copy with other settings."
-    if unknown := [k for k in changes if k not in self._settings]:
-        raise ValueError(f"replace can change {', '.join(self._settings)}, "
+    "A copy with another name, or seen otherwise."
+    own = [f.name for f in fields(Sight)]
+    known = [*own, 'name', *(['workers'] if hasattr(self, 'workers') else [])]
+    if unknown := [k for k in changes if k not in known]:
+        raise ValueError(f"replace can change {', '.join(known)}, "
                          f"but was given {', '.join(unknown)}.")
-    return self._copy(**changes)
+    sight = {k: changes.pop(k) for k in own if k in changes}
+    return self._copy(replace(self.sight, **sight), **changes)
+
+# %% ../nbs/02_data.ipynb #a6de0b20
+@patch
+def seen(self:ImageData, **wanted):
+    "The same images and views in the normalisation (mean, std) and size that a network wants."
+    new = self._copy(self.sight.wanting(**wanted))
+    form = lambda d: (d.mean, d.std, d.size, d.augment)
+    return self if form(new) == form(self) else new
+
+@patch
+def recast(self:ImageData,
+    x:Tensor,  # Images as this data set gives them, shape (B, channels, H, W)
+    other:ImageData,  # The same data set in another form
+)->Tensor:  # The images in the form of the other, shape (B, channels, size, size)
+    "Images of the caller's own in another form."
+    pixels = (x - self._shift)/self._scale  # 0 to 255
+    return resize(pixels*other._scale + other._shift, other.size)
 
 # %% ../nbs/02_data.ipynb #293f9fdd
 @patch
@@ -495,7 +664,7 @@ def fingerprint(self:ImageData,
     if labels not in self._hash:
         about = dict(shape=[len(self), self.channels, self.side], classes=self.classes,
                      augment=repr(self.augment), size=self.size, mean=self.mean, std=self.std)
-        if self.views: about['views'] = self.views
+        if self.sight.views: about['views'] = self.sight.views
         if not labels: about = {k: v for k, v in about.items() if k not in ('classes', 'views')}
         y = self.y.cpu().numpy().tobytes() if labels else b''
         content = json.dumps(about).encode() + y + self._digests()
@@ -530,9 +699,9 @@ def view_number(self:ImageData,
 # %% ../nbs/02_data.ipynb #812d7c23
 class Splits(NamedTuple):
     "Learn from the first, choose on the second, report the third once."
-    train: ImageData
-    valid: ImageData
-    test: ImageData
+    train: Data
+    valid: Data
+    test: Data
 
 # %% ../nbs/02_data.ipynb #3ecc85da
 def stratified(
@@ -567,8 +736,8 @@ def digits(
     train, valid = (rest[i] for i in stratified(y[rest], len(y)//5, seed))
     train = ImageData(x[train], y[train], list('0123456789'), augment=CropFlip(pad=1), size=size,
                       name='digits train')
-    like = train.classes, train.mean, train.std
-    return Splits(train, *(ImageData(x[i], y[i], *like, size=size, name=f'digits {part}')
+    like = dict(mean=train.mean, std=train.std, size=size)
+    return Splits(train, *(ImageData(x[i], y[i], train.classes, f'digits {part}', **like)
                            for i, part in ((valid, 'valid'), (test, 'test'))))
 
 # %% ../nbs/02_data.ipynb #e42e2090

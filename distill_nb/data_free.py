@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['INVERSION', 'DATA_FREE', 'WAYS', 'bn_layers', 'statistics_distance', 'GlassTeacher', 'Noise', 'total_variation',
-           'competition', 'PixelRange', 'Pixels', 'DeepInversion', 'invert', 'dafl_losses', 'Generator', 'DataFree',
-           'Pictures', 'Distilled', 'distill_without_data']
+           'competition', 'PixelRange', 'Pixels', 'InversionWeights', 'DeepInversion', 'invert', 'dafl_losses',
+           'Generator', 'GeneratorWeights', 'DataFree', 'Pictures', 'Distilled', 'distill_without_data']
 
 # %% ../nbs/09_data_free.ipynb #6c0c54aa
 import copy, hashlib, json, math
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -21,10 +20,10 @@ from torch.func import functional_call
 
 from .files import fingerprint, must, number, whole
 from .losses import UNLABELLED, check_temperature, check_weight, jsd_loss, kd_loss, upcast
-from .data import Batch, ImageData, mix
+from .data import Batch, Data, ImageData, mix
 from .models import evaluating
-from .training import (Frozen, History, Objective, Recipe, check_classes, device_of, fit,
-                                 logits_of)
+from .training import (History, Objective, Recipe, Setup, Teacher, check_classes,
+                                 device_of, fit, logits_of, teacher_of)
 from .logits import Distill
 from .features import listening
 
@@ -49,6 +48,13 @@ def statistics_distance(
         total = total + torch.linalg.vector_norm(variance - layer.running_var)
     return total
 
+# %% ../nbs/09_data_free.ipynb #0952104b
+def _as_constant(model, x):
+    "Run a model whose weights get no gradient and whose buffers stay; its input gets one."
+    tensors = {k: p.detach() for k, p in model.named_parameters()}
+    tensors |= {k: b.detach().clone() for k, b in model.named_buffers()}
+    return functional_call(model, tensors, (x,))
+
 # %% ../nbs/09_data_free.ipynb #9aca965d
 class _Look(NamedTuple):
     "What a teacher says about some images, with the gradient's path to the images intact."
@@ -63,61 +69,91 @@ def _overheard(model):
     return {k: m for k, m in inputs.items() if m in norms}, linear[-1:]
 
 # %% ../nbs/09_data_free.ipynb #09cb7356
-class GlassTeacher(Frozen):
-    "A frozen teacher that gradients pass through on their way to the images."
-    def look(self,
-        x:Tensor, # Images, shape (B, channels, H, W)
-    )->_Look: # logits, distance and features
-        "The teacher's answer, and what its layers saw."
-        if any(m.training for m in self.model.modules()): self.model.eval()
-        (norms, head), seen = _overheard(self.model), {}
-        with listening(self.model, [*norms, *head], seen.__setitem__): logits = self.model(x)
-        used = [name for name in norms if name in seen]
-        inputs, layers = [seen[name] for name in used], [norms[name] for name in used]
-        distance = statistics_distance(inputs, layers) if used else None
-        return _Look(upcast(logits), distance, seen.get(head[0]) if head else None)
+class GlassTeacher(Teacher):
+    "A teacher that gradients pass through on their way to the images."
+    def __init__(self,
+        teacher:nn.Module, # Maps images to logits (B, C); or a Teacher, whose clauses it keeps
+    ):
+        teacher = teacher_of(teacher)
+        super().__init__(teacher.model, **teacher.contract)
+
+    def check(self,
+        data, # Not looked at
+    ):
+        "It is shown no data, since its images come in its own form."
+
+    def _asked(self, x):
+        "What the network gives in eval mode; its weights are constants."
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), x)
+        def answer(): return _as_constant(self.model, x.to(weight.dtype))
+        if not any(m.training for m in self.model.modules()): return answer()
+        through = torch.is_grad_enabled()
+        with evaluating(self.model), torch.set_grad_enabled(through): return answer()
+
+# %% ../nbs/09_data_free.ipynb #ddef5861
+@patch
+def look(self:GlassTeacher,
+    x:Tensor, # Images in the teacher's form, shape (B, channels, H, W)
+)->_Look: # logits, distance and features
+    "The teacher's answer, and what its layers saw."
+    (norms, head), seen = _overheard(self.model), {}
+    with listening(self.model, [*norms, *head], seen.__setitem__): out = self._asked(x)
+    used = [name for name in norms if name in seen]
+    inputs, layers = [seen[name] for name in used], [norms[name] for name in used]
+    distance = statistics_distance(inputs, layers) if used else None
+    return _Look(upcast(self._logits(out)), distance, seen.get(head[0]) if head else None)
+
+# %% ../nbs/09_data_free.ipynb #7fd8bb15
+class _Unlabelled(Data):
+    "Items that have no labels."
+    def __init__(self, n, classes, device):
+        names = range(classes) if isinstance(classes, int) else classes
+        self.y = torch.full((n,), UNLABELLED, device=device)
+        self.classes = [str(c) for c in names]
+
+    def __len__(self): return len(self.y)
+
+    @property
+    def device(self):
+        "Where the items are made or kept."
+        return self.y.device
+
+    @property
+    def labelled(self):
+        "Which items have a label, bool, shape (N,): none."
+        return self.y != UNLABELLED
 
 # %% ../nbs/09_data_free.ipynb #85599ee8
-class Noise:
+class Noise(_Unlabelled):
     "Nothing but noise, as a data set: every vector is a function of seed, index and view."
-    n_views, views = 2**31 - 1, None  # all of them are shown
-    view_of, stream, batches = ImageData.view_of, ImageData.stream, ImageData.batches
+    n_views = 2**31 - 1
 
     def __init__(self,
         n:int, # Indices in an epoch
         dim:int, # Numbers in a vector
-        classes:int, # Of the teacher
+        classes:int|list, # Of the teacher: how many, or their names
         seed:int=0, # Of the noise
         device='cpu', # Where it is made
     ):
-        self.y = torch.full((n,), UNLABELLED, device=device)
-        self.dim, self.seed, self.classes = dim, seed, [str(c) for c in range(classes)]
+        super().__init__(n, classes, device)
+        self.dim, self.seed = dim, seed
 
-    def fingerprint(self):
-        "A short hash of what the noise depends on."
-        about = json.dumps(['noise', len(self), self.dim, len(self.classes), self.seed])
-        return hashlib.sha256(about.encode()).hexdigest()[:16]
+    def fingerprint(self, labels=True):
+        "A short hash of what the noise depends on; without labels, the names of the classes don't."
+        about = ['noise', len(self), self.dim, self.seed] + [self.classes] * labels
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
-# %% ../nbs/09_data_free.ipynb #5f5f898b
-@patch
-def __len__(self:Noise): return len(self.y)
-
-@patch(as_prop=True)
-def device(self:Noise):
-    "Where the noise is made."
-    return self.y.device
-
+# %% ../nbs/09_data_free.ipynb #65e048b3
 @patch
 def to(self:Noise, device):
     "The same noise, made on that device."
-    return type(self)(len(self), self.dim, len(self.classes), self.seed, device)
+    return Noise(len(self), self.dim, self.classes, self.seed, device)
 
-# %% ../nbs/09_data_free.ipynb #65e048b3
 @patch
 def get(self:Noise,
     index:Tensor, # Positions, shape (B,)
     view:Tensor|None=None, # Numbers, shape (B,); all 0 if None
-)->Batch: # x has the shape (B, dim, 1, 1)
+)->Batch: # x has the shape (B, dim)
     "Normal noise: the same for the same index and view, in every process."
     index = torch.as_tensor(index, device=self.device)
     view = torch.zeros_like(index) if view is None else torch.as_tensor(view, device=self.device)
@@ -125,7 +161,7 @@ def get(self:Noise,
     bits = [mix(self.seed, index[:, None], view[:, None], place, k) >> 40 for k in (0, 1)]
     u, v = ((b + 2**23 + 0.5) / 2**24 for b in bits)                            # (B, dim): 0 to 1
     z = (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()
-    return Batch(z[..., None, None], self.y[index], index, view)
+    return Batch(z, self.y[index], index, view)
 
 # %% ../nbs/09_data_free.ipynb #2d5efffa
 def total_variation(
@@ -188,29 +224,51 @@ class Pixels(nn.Module):
         "The images, as the teacher takes them."
         return self.limits(self.raw if index is None else self.raw[index])
 
-# %% ../nbs/09_data_free.ipynb #b23ddaf6
-class DeepInversion(Objective):
-    "Images made from a teacher alone, Yin et al. 2020; they train, and `images()` returns them."
-    def __init__(self,
-        teacher:nn.Module, # Maps images to logits (B, C); it is frozen
-        labels:Tensor, # The class that each image shall be of, int64, shape (N,)
-        size:int, # Side of the images
-        channels:int=1, # Channels of the images
-        mean:list|None=None, # The teacher's normalisation, if it is known
-        std:list|None=None, # The same
-        student:nn.Module|None=None, # For the competition: a copy of it, as it is now, is frozen
-        onehot:float=1., # Weight of the cross-entropy with the labels
-        statistics:float=1., # α_f, weight of the batch-norm statistics
-        variation:float=0.02, # α_tv, weight of the total variation
-        norm:float=0.001, # α_2, weight of the images' norm
-        compete:float=0., # α_c, weight of the competition
-    ):
-        super().__init__(Pixels(_start(labels, channels, size), PixelRange(mean, std)))
-        self.weights = _weights(teacher, onehot=onehot, statistics=statistics, variation=variation,
-                                norm=norm, compete=compete)
-        self._hold(teacher, labels, student)
+# %% ../nbs/09_data_free.ipynb #b36f398b
+def _check_weights(weights):
+    "Refuse weights that are negative or not finite, and those of which none counts."
+    named = vars(weights)
+    for name, weight in named.items(): check_weight(name, weight)
+    must(any(named.values()), 'at least one of ' + ', '.join(named), 0, 'greater than 0')
 
-# %% ../nbs/09_data_free.ipynb #b4f9272d
+@dataclass(frozen=True)
+class InversionWeights:
+    "How much each part of the loss of `DeepInversion` counts."
+    onehot: float = 1.      # The cross-entropy with the labels
+    statistics: float = 1.  # α_f: the batch-norm statistics
+    variation: float = 0.02 # α_tv: the total variation
+    norm: float = 0.001     # α_2: the images' norm
+    compete: float = 0.     # α_c: the competition
+
+    def __post_init__(self): _check_weights(self)
+
+# %% ../nbs/09_data_free.ipynb #183ec103
+def _weights(kind, given):
+    "Weights of that kind from keywords."
+    known = [f.name for f in fields(kind)]
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"the losses have the weights {', '.join(known)}, "
+                         f"but were given {', '.join(unknown)}.")
+    return kind(**given)
+
+# %% ../nbs/09_data_free.ipynb #73911bf5
+def _sized(teacher):
+    "A teacher that says how large its images are."
+    if isinstance(teacher, Teacher) and teacher.size: return teacher
+    raise ValueError('teacher must say how large its images are, which no network tells: give '
+                     'Teacher(model, size=32, mean=..., std=...), or leave out mean and std, '
+                     'and pixels are free.')
+
+def _channels(teacher, channels=None):
+    "The channels of the images that a teacher takes."
+    if channels is not None: whole('channels', channels)
+    if channels or teacher.mean is not None: return channels or len(teacher.mean)
+    first = next((m for m in teacher.model.modules() if isinstance(m, nn.Conv2d)), None)
+    must(first is not None, 'channels', None,
+         'given, since the teacher has no convolution that tells it')
+    return first.in_channels
+
+# %% ../nbs/09_data_free.ipynb #28aa4cc5
 def _start(labels, channels, size):
     "Noise, an image of it for each label."
     given = labels if isinstance(labels, Tensor) else type(labels)
@@ -218,11 +276,31 @@ def _start(labels, channels, size):
     must(good, 'labels', given, 'a tensor of integers, shape (N,), N >= 1')
     return torch.randn(len(labels), channels, size, size)
 
+# %% ../nbs/09_data_free.ipynb #b23ddaf6
+class DeepInversion(Objective):
+    "Images made from a teacher alone, Yin et al. 2020; they train, and `images()` returns them."
+    def __init__(self,
+        teacher:Teacher, # Knows the size of its images, and mean and std if pixels have a range
+        labels:Tensor, # The class that each image shall be of, int64, shape (N,)
+        student:nn.Module|None=None, # For the competition: a copy of it, as it is now
+        channels:int|None=None, # Of the images; None finds it in the teacher
+        **weights, # Fields of InversionWeights
+    ):
+        weights, teacher = _weights(InversionWeights, weights), _sized(teacher)
+        start = _start(labels, _channels(teacher, channels), teacher.size)
+        super().__init__(Pixels(start, PixelRange(teacher.mean, teacher.std)))
+        self.weights = weights
+        self._hold(teacher, labels, student)
+
+    def extra_repr(self): return repr(self.weights)
+
+# %% ../nbs/09_data_free.ipynb #b4f9272d
 @patch
 def _hold(self:DeepInversion, teacher, labels, student):
     "Keep the labels and the two networks."
-    compete = dict(self.weights)['compete']
+    compete = self.weights.compete
     must(student is not None or not compete, 'student', student, f'given where compete={compete}')
+    _check_statistics(self.weights, bool(bn_layers(teacher.model)))
     self.register_buffer('labels', labels.long())
     self.teacher = GlassTeacher(teacher)
     self.rival = None if student is None else GlassTeacher(copy.deepcopy(student))
@@ -244,31 +322,23 @@ def forward(self:DeepInversion, batch:Batch)->dict:
         variation=lambda: total_variation(x),
         norm=lambda: torch.linalg.vector_norm(upcast(x).flatten(1), dim=1).mean(),
         compete=lambda: competition(self.rival.look(x).logits, look.logits))
-    return {name: w * parts[name]() for name, w in self.weights if w}
+    return {name: w * parts[name]() for name, w in vars(self.weights).items() if w}
 
 # %% ../nbs/09_data_free.ipynb #e6c6ee69
 def _check_statistics(weights, there):
     "Refuse a weight of the statistics where there are none."
-    if there or not weights.get('statistics'): return
+    if there or not weights.statistics: return
     raise ValueError('the teacher has no batch-norm statistics, '
-                     f"but statistics={weights['statistics']}: use a teacher with batch norm, "
+                     f'but statistics={weights.statistics}: use a teacher with batch norm, '
                      "or let statistics=0, which leaves the teacher's answers and features as "
                      'the only guides (the variant of Chen et al. 2019).')
-
-def _weights(teacher, **weights):
-    "The weights of the losses as pairs, if they can be used and one of them counts."
-    for name, weight in weights.items(): check_weight(name, weight)
-    must(any(weights.values()), 'at least one of ' + ', '.join(weights), 0, 'greater than 0')
-    _check_statistics(weights, bool(bn_layers(teacher)))
-    return tuple(weights.items())
 
 # %% ../nbs/09_data_free.ipynb #0590804a
 def _check_guides(teacher, x, weights):
     "Refuse a weight whose layers the teacher's forward pass does not reach."
     with torch.no_grad(): look = teacher.look(x.to(device_of(teacher.model, x.device)))
-    weights = dict(weights)
     _check_statistics(weights, look.distance is not None)
-    activation = weights.get('activation', 0)
+    activation = getattr(weights, 'activation', 0)
     must(not activation or look.features is not None, 'activation', activation,
          '0 for a teacher whose answer does not come from a linear layer')
 
@@ -289,7 +359,7 @@ def check(self:DeepInversion,
     n, N, x = len(data), len(self.labels), self.images()[:2]
     must(n == N, 'len(data)', n, f'{N}, one index for each of the {N} images')
     must(valid is None, 'valid', valid, 'None, since images have no accuracy')
-    C, ends = _classes_of(self.teacher.model, x, 'the teacher'), [*map(int, self.labels.aminmax())]
+    C, ends = _classes_of(self.teacher, x, 'the teacher'), [*map(int, self.labels.aminmax())]
     must(0 <= ends[0] and ends[1] < C, 'labels', ends, f'integers from 0 to {C - 1}')
     _check_guides(self.teacher, x, self.weights)
 
@@ -298,23 +368,19 @@ INVERSION = Recipe(steps=100, optimizer='adam', lr=0.2, weight_decay=0., warmup=
 
 # %% ../nbs/09_data_free.ipynb #89bd345c
 def invert(
-    teacher:nn.Module, # Maps images to logits; it is frozen
+    teacher:Teacher, # Knows the size of its images, and mean and std if pixels have a range
     labels:Tensor, # The class that each image shall be of, whole numbers, shape (N,)
-    size:int, # Side of the images
     recipe:Recipe=INVERSION, # All images are one batch, whatever its batch size
-    folder:str|Path|None=None, # Checkpoint, as in fit
-    resume:bool=False, # As in fit
-    device:str|None=None, # As in fit
-    progress:bool=True, # As in fit
-    **settings, # Of DeepInversion
+    channels:int|None=None, # Of the images; None finds it in the teacher
+    setup:Setup=Setup(), # Where it takes place, and what it leaves behind
+    **settings, # Of DeepInversion: student, and fields of InversionWeights
 )->tuple: # Images, shape (N, channels, size, size), and the History
     "Make a batch of images from the teacher; they begin as noise from the recipe's seed."
     with torch.random.fork_rng([]):
         torch.manual_seed(recipe.seed)
-        objective = DeepInversion(teacher, labels, size, **settings)
+        objective = DeepInversion(teacher, labels, channels=channels, **settings)
     data = Noise(len(labels), 1, int(labels.max()) + 1, recipe.seed)
-    recipe = replace(recipe, batch_size=len(labels))
-    history = fit(objective, data, recipe, None, folder, resume, device, progress)
+    history = fit(objective, data, replace(recipe, batch_size=len(labels)), setup=setup)
     return objective.images(), history
 
 # %% ../nbs/09_data_free.ipynb #2c7cba90
@@ -380,34 +446,36 @@ def forward(self:Generator,
     x = self.middle(F.interpolate(x, size=(self.sides[1],) * 2))  # -> (B, width, size/2, size/2)
     return self.out(self.last(F.interpolate(x, size=(self.size,) * 2)))
 
-# %% ../nbs/09_data_free.ipynb #0952104b
-def _as_constant(model, x):
-    "Run a model whose weights get no gradient and whose buffers stay; its input gets one."
-    tensors = {k: p.detach() for k, p in model.named_parameters()}
-    tensors |= {k: b.detach().clone() for k, b in model.named_buffers()}
-    return functional_call(model, tensors, (x,))
+# %% ../nbs/09_data_free.ipynb #b90c230b
+@dataclass(frozen=True)
+class GeneratorWeights:
+    "How much each loss of the generator of `DataFree` counts."
+    onehot: float = 0.5     # The teacher's sureness
+    activation: float = 0.  # α of Chen et al. 2019: the features
+    balance: float = 5.     # β of Chen et al. 2019: the classes' entropy
+    statistics: float = 1.  # The batch-norm statistics
+    adversarial: float = 1. # The competition with the student
+
+    def __post_init__(self): _check_weights(self)
 
 # %% ../nbs/09_data_free.ipynb #85237501
 class DataFree(Objective):
-    "Generator and student trained together against a frozen teacher, without data."
+    "Generator and student trained together, without data, against a teacher that stays as it is."
     def __init__(self,
         student:nn.Module, # The model to train: maps images to logits (B, C)
-        teacher:nn.Module, # Maps images to logits (B, C); it is frozen
+        teacher:nn.Module, # Maps images to logits (B, C); or a Teacher
         generator:nn.Module, # Maps noise (B, noise) to images, and has the attribute noise
         temperature:float=4., # T > 0, of the student's loss
-        onehot:float=0.5, # Weight of the teacher's sureness
-        activation:float=0., # α of Chen et al. 2019, weight of the features
-        balance:float=5., # β of Chen et al. 2019, weight of the classes' entropy
-        statistics:float=1., # Weight of the batch-norm statistics
-        adversarial:float=1., # Weight of the competition with the student
         memory:int=8192, # Images that are kept
         replay:int=256, # Kept images in a step of the student
+        **weights, # Fields of GeneratorWeights
     ):
         super().__init__(student)
         self.generator, self.temperature, self.replay = generator, temperature, replay
-        self.weights = _weights(teacher, onehot=onehot, activation=activation, balance=balance,
-                                statistics=statistics, adversarial=adversarial)
-        self._hold(teacher, memory)
+        self.weights = _weights(GeneratorWeights, weights)
+        self._hold(GlassTeacher(teacher), memory)
+
+    def extra_repr(self): return repr(self.weights)
 
 # %% ../nbs/09_data_free.ipynb #1dd820bb
 @patch
@@ -419,15 +487,16 @@ def _example(self:DataFree):
 
 @patch
 def _hold(self:DataFree, teacher, memory):
-    "An empty memory, and the teacher, which is frozen when nothing can go wrong any more."
+    "The teacher, and an empty memory."
     check_temperature(self.temperature)
+    _check_statistics(self.weights, bool(bn_layers(teacher.model)))
     for name, n in (('memory', memory), ('replay', self.replay)): whole(name, n)
     images = self._example()
     classes = _classes_of(teacher, images, 'the teacher')
     self.register_buffer('images', torch.zeros(memory, *images.shape[1:]))
     self.register_buffer('answers', torch.zeros(memory, classes))
     self.register_buffer('count', torch.zeros((), dtype=torch.long))
-    self.teacher = GlassTeacher(teacher)
+    self.teacher = teacher
 
 # %% ../nbs/09_data_free.ipynb #dee9c4b5
 @patch
@@ -458,7 +527,7 @@ def imagine(self:DataFree,
     look:_Look, # What the teacher says about them
 )->dict: # {name: weighted loss}, of those with a weight
     "The generator's losses."
-    parts, weights = dafl_losses(look.logits, look.features), dict(self.weights)
+    parts, weights = dafl_losses(look.logits, look.features), vars(self.weights)
     if weights['statistics']: parts['statistics'] = look.distance
     if weights['adversarial']:
         parts['adversarial'] = competition(_as_constant(self.model, images), look.logits)
@@ -468,7 +537,7 @@ def imagine(self:DataFree,
 @patch
 def forward(self:DataFree, batch:Batch)->dict:
     "The student's loss on generated images, and the generator's losses, by name."
-    images = self.generator(batch.x.flatten(1))  # (B, noise, 1, 1) -> (B, channels, H, W)
+    images = self.generator(batch.x)  # (B, noise) -> (B, channels, H, W)
     look = self.teacher.look(images)
     x, answers = upcast(images).detach(), look.logits.detach()
     if self.training:
@@ -480,9 +549,9 @@ def forward(self:DataFree, batch:Batch)->dict:
 # %% ../nbs/09_data_free.ipynb #14adbdd8
 def _check_pair(student, teacher, x):
     "The number of classes; an error if the two are one network or answer different questions."
-    if student is teacher:
-        raise ValueError('the student must be another module than the teacher, which is frozen; '
-                         'use copy.deepcopy(teacher).')
+    if student is teacher.model:
+        raise ValueError('the student must be another module than the teacher, which stays as it '
+                         'is; use copy.deepcopy(teacher).')
     own, wanted = _classes_of(student, x, 'the student'), _classes_of(teacher, x, 'the teacher')
     if own == wanted: return own
     raise ValueError(f'the student tells {own} classes apart, but the teacher {wanted}; '
@@ -498,29 +567,34 @@ def check(self:DataFree,
     dim, x = self.generator.noise, self._example()
     must(isinstance(data, Noise) and data.dim == dim, 'data', data,
          f'Noise with dim={dim}, as the generator takes it')
-    _check_pair(self.model, self.teacher.model, x)
+    size, side = self.teacher.size, x.shape[-1]
+    must(size in (None, side), "side of the generator's images", side,
+         f'{size}, as the teacher says')
+    _check_pair(self.model, self.teacher, x)
     _check_guides(self.teacher, x, self.weights)
     if valid is not None: check_classes(self.model, valid, 'the student')
 
 # %% ../nbs/09_data_free.ipynb #00d2b989
-class Pictures(Noise):
+class Pictures(_Unlabelled):
     "Images that were made, as a data set; they have no labels, and one view."
-    n_views = 1
+    arranged = ImageData.arranged
 
     def __init__(self,
-        x:Tensor, # Images as the teacher takes them, float, shape (N, channels, H, W)
-        classes:int, # Of the teacher
+        x:Tensor, # Images as the teacher takes them, float, shape (N, channels, size, size)
+        classes:int|list, # Of the teacher: how many, or their names
+        mean:list|None=None, # The teacher's normalisation, if it has a clause about it
+        std:list|None=None, # The same
     ):
-        super().__init__(len(x), 0, classes, device=x.device)
-        self.x = x
+        super().__init__(len(x), classes, x.device)
+        self.x, self.mean, self.std = x, mean, std
+
+    def fingerprint(self, labels=True):
+        "A short hash of the images; without labels, the names of the classes don't count."
+        return fingerprint({'x': self.x}, {'classes': self.classes} if labels else None)
 
     def to(self, device):
         "The images on that device."
-        return Pictures(self.x.to(device), len(self.classes))
-
-    def fingerprint(self):
-        "A short hash of the images."
-        return fingerprint({'x': self.x})
+        return Pictures(self.x.to(device), self.classes, self.mean, self.std)
 
 # %% ../nbs/09_data_free.ipynb #ce1a1add
 @patch
@@ -532,6 +606,12 @@ def get(self:Pictures,
     index = torch.as_tensor(index, device=self.device)
     return Batch(self.x[index], self.y[index], index, torch.zeros_like(index))
 
+@patch
+def seen(self:Pictures, **wanted):
+    "The images, if they have the form that is wanted."
+    own = dict(mean=self.mean, std=self.std, size=self.x.shape[-1])
+    return Data.seen(self, **{k: v for k, v in wanted.items() if k not in own or v != own[k]})
+
 # %% ../nbs/09_data_free.ipynb #4fdce5f6
 class Distilled(NamedTuple):
     "What `distill_without_data` returns; the student is trained in place."
@@ -542,55 +622,52 @@ DATA_FREE = Recipe(steps=1500, batch_size=64, optimizer='adamw', lr=2e-2, weight
                    warmup=0.1)  # how `distill_without_data` trains
 
 # %% ../nbs/09_data_free.ipynb #0f1ad2fb
-def _channels(teacher, mean=None):
-    "The channels of the images that a network takes."
-    if mean is not None: return len(mean)
-    first = next((m for m in teacher.modules() if isinstance(m, nn.Conv2d)), None)
-    must(first is not None, 'channels', None,
-         'given, since the teacher has no convolution that tells it')
-    return first.in_channels
-
-def _form(teacher, size, channels, mean, std):
-    "What the images are like."
-    whole('size', size)
-    if channels is None: channels = _channels(teacher, mean)
-    return dict(size=size, channels=channels, mean=mean, std=std)
+def _in_form(teacher, valid):
+    "Labelled images as the teacher takes them; None for None."
+    if valid is None: return None
+    must(teacher.class_order(valid) is None, 'the classes of valid', valid.classes,
+         f'those of the teacher in their order, {str(teacher.classes):.100}')
+    return teacher.own(valid)
 
 # %% ../nbs/09_data_free.ipynb #ef08a6a7
 class _Task(NamedTuple):
     "What both ways are given."
-    teacher: nn.Module
+    teacher: Teacher  # Names the size of its images
     student: nn.Module
-    form: dict      # size, channels, mean and std of the images
-    recipe: Recipe  # With the seed of the run
-    valid: object   # Labelled images to measure by, or None
-    run: dict       # folder, resume, device and progress, as in fit
+    channels: int     # Of the images
+    recipe: Recipe
+    valid: Data|None  # Labelled images to measure by, as the teacher takes them
+    setup: Setup
 
     def classes(self):
-        "How many classes both networks tell apart; an error if they cannot work together."
-        shape = self.form['channels'], self.form['size'], self.form['size']
-        found = _check_pair(self.student, self.teacher, torch.zeros(2, *shape))
+        "The classes that both networks tell apart; an error if they cannot work together."
+        x = torch.zeros(2, self.channels, self.teacher.size, self.teacher.size)
+        found, names = _check_pair(self.student, self.teacher, x), self.teacher.classes
+        must(names is None or len(names) == found, "the teacher's classes", names,
+             f'{found} names, one for each of its logits')
         if self.valid is not None: check_classes(self.student, self.valid, 'the student')
-        return found
-
-    def inside(self, name):
-        "The run in a folder of its own below the task's."
-        folder = self.run['folder']
-        return self.run | dict(folder=folder and Path(folder)/name)
+        return names or [str(c) for c in range(found)]
 
 # %% ../nbs/09_data_free.ipynb #e5489060
 def _by_generator(task, noise=64, width=64, spread=0.2, **settings):
     "Train `DataFree`; the settings are its own, and those of the `Generator`."
-    classes, recipe = task.classes(), task.recipe
+    classes, recipe, teacher = task.classes(), task.recipe, task.teacher
     with torch.random.fork_rng([]):
         torch.manual_seed(recipe.seed)
-        generator = Generator(noise=noise, width=width, spread=spread, **task.form)
-    objective = DataFree(task.student, task.teacher, generator, **settings)
+        generator = Generator(teacher.size, task.channels, noise, width, teacher.mean, teacher.std,
+                              spread)
+    objective = DataFree(task.student, teacher, generator, **settings)
     recipe = replace(recipe, steps=recipe.total_steps(1000))
     n = max(1, recipe.steps * recipe.batch_size // 30)  # thirty epochs: points in the curve
     data = Noise(n, noise, classes, recipe.seed)
-    history = fit(objective, data, recipe, task.valid, **task.run)
+    history = fit(objective, data, recipe, task.valid, setup=task.setup)
     return Distilled(history, objective.images[:int(objective.count)].clone())
+
+# %% ../nbs/09_data_free.ipynb #67867bdc
+def _imitate(task, pictures, recipe, temperature, name):
+    "The student learns what the teacher answers to these pictures."
+    objective = Distill(task.student, task.teacher, temperature, alpha=1, examine=False)
+    return fit(objective, pictures, recipe, task.valid, setup=task.setup.inside(name))
 
 # %% ../nbs/09_data_free.ipynb #23d01d48
 def _by_inversion(task, rounds=4, images=256, temperature=4., compete=1., inversion=INVERSION,
@@ -605,12 +682,12 @@ def _by_inversion(task, rounds=4, images=256, temperature=4., compete=1., invers
         recipe = replace(task.recipe, steps=steps, seed=int(mix(task.recipe.seed, r)) % 2**31)
         how = replace(inversion, seed=recipe.seed, precision=recipe.precision)
         rival = dict(student=student, compete=compete) if r and compete else {}
-        made, making = invert(teacher, torch.arange(images) % classes, recipe=how,
-                              **task.inside(f'images-{r}'), **rival, **(task.form | settings))
+        made, making = invert(teacher, torch.arange(images) % len(classes), how, task.channels,
+                              task.setup.inside(f'images-{r}'), **rival, **settings)
         pool.append(made)
-        objective = Distill(student, teacher, temperature, alpha=1, examine=False)
-        data, run = Pictures(torch.cat(pool), classes), task.inside(f'student-{r}')
-        parts.append(_part(fit(objective, data, recipe, task.valid, **run), making.seconds))
+        pictures = Pictures(torch.cat(pool), classes, teacher.mean, teacher.std)
+        history = _imitate(task, pictures, recipe, temperature, f'student-{r}')
+        parts.append(_part(history, making.seconds))
     return Distilled(_joined(parts), torch.cat(pool))
 
 # %% ../nbs/09_data_free.ipynb #b682b9e2
@@ -625,7 +702,7 @@ def _part(history, seconds):
 
 def _joined(parts):
     "One history of runs that followed each other: each goes on where the one before ended."
-    whole = History(environment=parts[0].environment)
+    whole = History(environment=parts[0].environment, measure=parts[0].measure)
     for part in parts:
         last = whole.rows[-1] if whole.rows else dict(step=0, epoch=0, seconds=0)
         for row in part.rows:
@@ -642,23 +719,17 @@ def _way(method):
     return WAYS[method]
 
 # %% ../nbs/09_data_free.ipynb #6471f974
-def distill_without_data(teacher:nn.Module, # Maps images to logits; it is frozen
+def distill_without_data(
+    teacher:Teacher, # Knows the size of its images, and mean and std if pixels have a range
     student:nn.Module, # The model to train, in place: maps images to logits of the same classes
-    size:int, # Side of the images that the teacher was trained with
     method:str='generator', # Where images come from: 'generator' or 'inversion'
-    recipe:Recipe=DATA_FREE, # How to train
-    channels:int|None=None, # Of the images; None finds it in the teacher's first convolution
-    mean:list|None=None, # The teacher's normalisation, on the scale 0 to 1; None leaves pixels free
-    std:list|None=None, # The same
-    seed:int=0, # Of noise, generator and order; it replaces the recipe's
+    recipe:Recipe=DATA_FREE, # How to train; its seed is also that of noise and generator
     valid=None, # Labelled images for the accuracy in the history; nothing is learned from them
-    folder:str|Path|None=None, # Where checkpoints are kept; None keeps none
-    resume:bool=False, # Continue the run that folder holds, if it holds one
-    device:str|None=None, # As in fit
-    progress:bool=True, # As in fit
+    channels:int|None=None, # Of the images; None finds it in the teacher
+    setup:Setup=Setup(), # Where it takes place, and what it leaves behind
     **settings, # Of DataFree and Generator (noise, width, spread), or of DeepInversion (see below)
 )->Distilled: # The history, and images that were made
     "Distil a teacher into a student without any data."
-    form, way = _form(teacher, size, channels, mean, std), _way(method)
-    run = dict(folder=folder, resume=resume, device=device, progress=progress)
-    return way(_Task(teacher, student, form, replace(recipe, seed=seed), valid, run), **settings)
+    way, teacher = _way(method), _sized(teacher)
+    channels, valid = _channels(teacher, channels), _in_form(teacher, valid)
+    return way(_Task(teacher, student, channels, recipe, valid, setup), **settings)

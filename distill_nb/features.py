@@ -18,10 +18,10 @@ from fastcore.basics import patch, tuplify
 from torch import Tensor, nn
 
 from .files import must
-from .losses import check_weight, kd_loss, upcast
+from .losses import check_weight, kd_loss, rows_there, upcast
 from .data import Batch
 from .models import evaluating, head_name
-from .training import Frozen, device_of, seed_noise
+from .training import device_of, seed_noise, teacher_of
 from .logits import Distill
 
 # %% ../nbs/07_features.ipynb #53070046
@@ -110,10 +110,10 @@ def _dry_run(model, names, x):
 
 def feature_shapes(
     model:nn.Module, # Any network; it is left as it was
-    x:Tensor, # A batch of images, shape (B, channels, H, W)
+    x:Tensor, # A batch of inputs, shape (B, ...)
     names=None, # Layers; None: all
 )->dict: # {name: shape without the batch}, in the order in which the layers finish
-    "What each layer gives for one image, where that is a tensor."
+    "What each layer gives for one input, where that is a tensor."
     names = [n for n, _ in model.named_modules() if n] if names is None else names
     found = _dry_run(model, names, x).items()
     return {name: tuple(f.shape[1:]) for name, f in found if isinstance(f, Tensor)}
@@ -259,7 +259,7 @@ def forward(self:Hint,
 )->Tensor: # A scalar
     "The loss behind the adapter."
     if self.adapter is None:
-        raise ValueError('the hint has no adapter yet: `fit` makes it, and so does prepare(images) '
+        raise ValueError('the hint has no adapter yet: `fit` makes it, and so does prepare(batch) '
                          'of the objective.')
     translated = self.adapter(student_features[0])
     return hint_loss(translated, _as_map(teacher_features[0]), self.reduction)
@@ -396,22 +396,22 @@ def forward(self:Relational,
 class FeatureDistill(Distill):
     "Logit matching with terms that compare layers: (1−α)·CE + α·T²·KL + Σ weight·term."
     def __init__(self,
-        student:nn.Module, # The model to train: maps images to logits (B, C)
-        teacher:nn.Module, # Maps images to logits (B, C); it is frozen (of a cache, its model)
+        student:nn.Module, # The model to train: maps inputs to logits (B, ..., C)
+        teacher:nn.Module, # A network or a Teacher; of a cached one, the network itself is asked
         terms:dict, # {name: (term, weight)}; terms are copied, and one with weight 0 is left out
         temperature:float=4., # T > 0
         alpha:float=0.9, # Weight of the soft part, in [0, 1]; 0: labels and features only
         divergence=kd_loss, # As in Distill
         standardize:bool=False, # As in Distill
+        **loss, # As in Distill: label_smoothing, class_weights
     ):
-        teacher = teacher.model if isinstance(teacher, Frozen) else teacher
         _check_terms(terms)
+        how = temperature, alpha, divergence, standardize
+        super().__init__(student, teacher_of(teacher).live(), *how, **loss)
         made = {name: copy.deepcopy(term) for name, (term, weight) in terms.items() if weight}
-        layers = _layers(made, 'student', student), _layers(made, 'teacher', teacher)
-        # the teacher is frozen now, where nothing can fail any more
-        super().__init__(student, teacher, temperature, alpha, divergence, standardize)
+        self.student_layers = _layers(made, 'student', student)
+        self.teacher_layers = _layers(made, 'teacher', self.teacher.model)
         self.terms, self.weights = nn.ModuleDict(made), tuple(w for _, w in terms.values() if w)
-        self.student_layers, self.teacher_layers = layers
 
 # %% ../nbs/07_features.ipynb #8e8fb9ca
 def _layers(terms, side, model):
@@ -438,9 +438,11 @@ def forward(self:FeatureDistill, batch:Batch)->dict:
     "The weighted parts of the loss: `{'hard': ..., 'soft': ..., name of a term: ...}`."
     with tap(self.model, self.student_layers) as student:
         with tap(self.teacher.model, self.teacher_layers) as teacher:
-            parts = self.loss.parts(self.model(batch.x), self.teacher(batch), batch.y)
+            logits = self.model(batch.x), self.teacher(batch)
+    parts = self.loss.parts(*logits, batch.y, batch.weight)
+    there = None if batch.weight is None else rows_there(batch.weight)
     for (name, term), weight in zip(self.terms.items(), self.weights):
-        parts[name] = weight * term(*_features_of(term, student, teacher))
+        parts[name] = weight * _compared(term, *_features_of(term, student, teacher), there)
     return parts
 
 # %% ../nbs/07_features.ipynb #894bf19c
@@ -457,21 +459,30 @@ def _features_of(term, student, teacher):
     sides = (student, term.student_layers), (teacher, term.teacher_layers)
     return [[_tensor(features, name) for name in names] for features, names in sides]
 
+# %% ../nbs/07_features.ipynb #5c0e71a7
+def _compared(term, own, given, there):
+    "The term over the rows that are there; without any, a 0 that depends on the term's weights."
+    if there is None: return term(own, given)
+    if there.any(): return term(*([f[there] for f in side] for side in (own, given)))
+    zero = torch.zeros((), device=there.device)
+    return sum((0 * p.sum() for p in term.parameters()), zero)
+
 # %% ../nbs/07_features.ipynb #1796d9b4
 @patch
 def prepare(self:FeatureDistill,
-    x:Tensor, # Images, shape (B, channels, H, W); two will do
+    batch:Batch, # An example; two items will do
 ):
     "Make the adapters and try every term by a dry run, as `fit` does; a misfit is a `ValueError`."
-    student = _dry_run(self.model, self.student_layers, x)
-    teacher = _dry_run(self.teacher.model, self.teacher_layers, x)
+    student = _dry_run(self.model, self.student_layers, batch.x)
+    with tap(self.teacher.model, self.teacher_layers) as teacher: self.teacher(batch)
+    there = None if batch.weight is None else rows_there(batch.weight)
     for name, term in self.terms.items():
         own, given = _features_of(term, student, teacher)
         given = [t.to(own[0].device) for t in given]
         try:
             term.prepare(own, given)
-            with torch.no_grad(): term(own, given)
-        except (ValueError, RuntimeError) as e:
+            with torch.no_grad(): _compared(term, own, given, there)
+        except (ValueError, RuntimeError, IndexError) as e:
             said = str(e).splitlines()[0]
             raise ValueError(f'the term {name!r} does not fit its layers: {said}') from e
 
@@ -484,7 +495,7 @@ def check(self:FeatureDistill,
     "As `Distill`; then adapters and layers, by `prepare`."
     super(FeatureDistill, self).check(data, valid)
     two = torch.zeros(2, dtype=torch.long, device=data.device)
-    self.prepare(data.get(two, two).x)
+    self.prepare(data.get(two, two))
 
 # %% ../nbs/07_features.ipynb #06cd8d62
 def cka(
@@ -565,16 +576,17 @@ FEATURE_WEIGHTS = {'hint': 100., 'attention': 1000., 'relational': 1.}
 def feature_method(
     name:str, # 'hint', 'attention' or 'relational'
     student:nn.Module, # The model to train
-    teacher:nn.Module, # It is frozen
+    teacher:nn.Module, # A network or a Teacher
     temperature:float=4., # T > 0
     alpha:float=0.9, # Weight of the soft part; 0: labels and features only
     weight:float=None, # Of the term; None: that of FEATURE_WEIGHTS
+    **loss, # As in Distill: label_smoothing, class_weights
 )->FeatureDistill:
     "An objective for networks of stages and a linear head, without naming layers."
-    teacher = teacher.model if isinstance(teacher, Frozen) else teacher
-    term = _customary(name, student, teacher)
+    teacher = teacher_of(teacher).live()
+    term = _customary(name, student, teacher.model)
     weight = FEATURE_WEIGHTS[name] if weight is None else weight
-    return FeatureDistill(student, teacher, {name: (term, weight)}, temperature, alpha)
+    return FeatureDistill(student, teacher, {name: (term, weight)}, temperature, alpha, **loss)
 
 # %% ../nbs/07_features.ipynb #80396c6b
 def head_input(

@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .files import free_bytes, must, progress_bar, reason, whole
-from .data import (CropFlip, ImageData, ResizedCrop, Splits, channel_stats, count_values,
-                             digits, stratified)
+from .data import (CropFlip, ImageData, ResizedCrop, Sight, Splits, channel_stats,
+                             count_values, digits, stratified)
 
 # %% ../nbs/folders.ipynb #b4d16fa5
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -182,23 +182,19 @@ def _scan(files, y, side, mode):
 # %% ../nbs/folders.ipynb #744e4a3f
 class ImageFiles(ImageData):
     "Like `ImageData`, for images that do not fit in memory: files are read when asked for."
-    _settings = ImageData._settings + ('workers',)
-
     def __init__(self,
         files:list,  # Paths of the image files
         y:Tensor,  # Labels, integers, shape (N,)
         classes:list,  # Names of the classes
         side:int,  # Side of the decoded images
         hashes,  # SHA-256 of the pixels of each image, uint8 array, shape (N, 32)
-        mean:list,  # Of each channel, on the scale 0 to 1
-        std:list,  # Of each channel, on the same scale
-        augment=CropFlip(), size:int=None, name:str='', views:int=None,  # As of ImageData
+        name:str='',  # For tables and messages
         workers:int=None,  # Processes that read; one for each core, at most 8, if None
+        **sight,  # Fields of Sight, with mean and std: they can't be computed here
     ):
         self._set_labels(y, classes, len(files))
-        self.files, self._hashes, self._stored = files, hashes, (len(mean), side)
-        self._set(mean=mean, std=std, augment=augment, size=size, name=name, views=views,
-                  workers=workers)
+        self.files, self._hashes, self._stored = files, hashes, (len(sight['mean']), side)
+        self._set(Sight(**sight), name=name, workers=workers)
 
 # %% ../nbs/folders.ipynb #95ea5d09
 @patch(as_prop=True)
@@ -379,7 +375,8 @@ def _from_torchvision(name, root, download, valid, size, seed):
     rest, taken = stratified(y, round(valid*len(y)), seed)
     train = ImageData(x[rest], y[rest], classes, augment=augment, size=size, name=f'{name} train')
     def other(x, y, part):
-        return ImageData(x, y, classes, train.mean, train.std, size=size, name=f'{name} {part}')
+        like = dict(mean=train.mean, std=train.std, size=size)
+        return ImageData(x, y, classes, f'{name} {part}', **like)
     return Splits(train, other(x[taken], y[taken], 'valid'), other(*test, 'test'))
 
 # %% ../nbs/folders.ipynb #6ec8c315

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .files import must
 from .losses import UNLABELLED, DistillationLoss, kd_loss
 from .data import Batch
-from .models import evaluating
-from .training import Frozen, Objective, check_answers, check_classes, device_of, predict
+from .training import Objective, check_answers, check_classes, logits_of, teacher_of
 
 # %% ../nbs/05_logits.ipynb #aba78c22
 class _Exam(NamedTuple):
@@ -43,12 +43,14 @@ def _exam_marks(
 # %% ../nbs/05_logits.ipynb #95fffe5e
 def _pass_marks(
     labels:Tensor, # The right classes, shape (n,)
+    chance:Tensor|None=None, # Share of each class, shape (C,); None: as in the labels
 )->_Exam:
     "What luck does not reach: more than this balanced accuracy, or at most one of these losses."
     from scipy.stats import binom
     counts = labels.bincount().double()
-    share = counts[counts > 0] / len(labels)
-    K, entropy = len(share), -(share * share.log()).sum().item()
+    share = counts / len(labels) if chance is None else chance.cpu().double()
+    share, K = share[share > 0], int((counts > 0).sum())
+    entropy = -(share * share.log()).sum().item()
     return _Exam(float(binom.ppf(0.999, K, 1 / K)) / K, 0.85 * entropy, 0.25 * math.log(K))
 
 # %% ../nbs/05_logits.ipynb #0c4af3fb
@@ -60,64 +62,98 @@ def _guesses(
     "Share of shuffled labels for which the answers have at least this balanced accuracy."
     counts, g = labels.bincount().double(), torch.Generator().manual_seed(0)
     weights = 1 / ((counts > 0).sum() * counts)                             # (C,)
-    def balanced(y): return ((answers == y) * weights[y]).sum(-1)
-    shuffled = torch.stack([labels[torch.randperm(len(labels), generator=g)]
+    def balanced(y): return ((answers == y) * weights[y]).sum()
+    shuffled = torch.stack([balanced(labels[torch.randperm(len(labels), generator=g)])
                             for _ in range(shuffles)])
-    return (1 + (balanced(shuffled) >= balanced(labels) - 1e-9).sum().item()) / (1 + shuffles)
+    return (1 + (shuffled >= balanced(labels) - 1e-9).sum().item()) / (1 + shuffles)
 
 # %% ../nbs/05_logits.ipynb #218b1bf6
 def by_luck(
     logits:Tensor, # The teacher's, shape (n, C)
     labels:Tensor, # The right classes, shape (n,)
+    chance:Tensor|None=None, # Share of each class, shape (C,); None: as in the labels
 )->bool:
     "Could a guesser, or a head that was never trained, have done as well?"
-    reached, needed, answers = _exam_marks(logits, labels), _pass_marks(labels), logits.argmax(1)
+    reached, needed = _exam_marks(logits, labels), _pass_marks(labels, chance)
     knows = (reached.balanced > needed.balanced + 1e-9 or reached.loss <= needed.loss
              or reached.balanced_loss <= needed.balanced_loss)
-    perfect = bool((answers == labels).all())  # no evidence of few images, but nothing is better
+    answers = logits.argmax(1)
+    perfect = bool((answers == labels).all())  # no evidence of few answers, but nothing is better
     return not knows or not perfect and _guesses(answers, labels) > 0.001
 
 # %% ../nbs/05_logits.ipynb #40a655cf
 def probability_kind(
-    outputs:Tensor, # A model's outputs for some images, shape (B, C)
+    outputs:Tensor, # A model's outputs, shape (..., C)
 )->str|None: # 'softmax', 'sigmoid', or None for logits
     "What made these numbers, if they are probabilities and no logits."
     if outputs.min() < 0 or outputs.max() > 1: return None
-    if ((outputs.sum(1) - 1).abs() < 0.01).all(): return 'softmax'  # as exact as bfloat16 adds
-    return 'sigmoid' if outputs.amax(1).median() > 0.5 else None
+    if ((outputs.sum(-1) - 1).abs() < 0.01).all(): return 'softmax'  # as exact as bfloat16 adds
+    return 'sigmoid' if outputs.amax(-1).median() > 0.5 else None
 
 # %% ../nbs/05_logits.ipynb #c4fba604
-_REMEDY = {'softmax': 'takes the logarithm of its outputs (p.clamp(min=1e-12).log())',
-           'sigmoid': 'undoes the sigmoid (torch.logit(p, eps=1e-6))'}
+_OUTPUTS = {'softmax': 'probabilities', 'sigmoid': 'sigmoid'}  # as a Teacher declares them
 
 def _refuse_probabilities(outputs):
-    "Raise a `ValueError` if a teacher's outputs, shape (B, C), are probabilities."
+    "Raise a `ValueError` if a teacher's outputs, shape (n, C), are probabilities."
     if not (kind := probability_kind(outputs)): return
     raise ValueError(f'the teacher gives probabilities, as {kind} makes them, where logits are '
                      'needed: the loss would soften them once more, and they would teach next to '
-                     'nothing. Leave out its last layer, or wrap it in a module that '
-                     f'{_REMEDY[kind]}. If these are logits all the same, '
-                     'Distill(..., examine=False) takes them.')
+                     'nothing. Leave out its last layer, or declare them: '
+                     f'Teacher(model, outputs={_OUTPUTS[kind]!r}). If these are logits all the '
+                     'same, Distill(..., examine=False) takes them.')
 
 # %% ../nbs/05_logits.ipynb #838b1441
-def _answers(model, data, images):
-    "Logits and labels of some labelled images, spread over the whole of the data."
-    labelled = (data.y != UNLABELLED).nonzero()[:, 0]
+def _enough(places, classes, items):
+    "How many items to ask about, with so many places in each, and how many places to judge."
+    ask = min(items, max(16, 10*items//places), max(1, 2**27//(places*classes)))
+    return ask, max(items, min(10*items, 2**26//classes))
+
+def _some(data, items):
+    "Some labelled items, spread over the whole of the data; and how many places to judge."
+    labelled = data.labelled.nonzero()[:, 0]
     if not len(labelled):
-        raise ValueError('data must hold labelled images to check the teacher on, '
-                         'but no image has a label.')
-    some = torch.linspace(0, len(labelled) - 1, min(images, len(labelled))).long()
-    asked = data.subset(labelled[some])
-    return predict(model, asked).cpu(), asked.y.cpu()
+        raise ValueError('data must hold labelled items to check the teacher on, '
+                         'but no item has a label.')
+    one = labelled[:1]
+    ask, judge = _enough(data.get(one, 0*one).y.numel(), len(data.classes), items)
+    some = torch.linspace(0, len(labelled) - 1, min(ask, len(labelled))).long()
+    return data.subset(labelled[some]), judge
+
+# %% ../nbs/05_logits.ipynb #70a3e20f
+def _answers(teacher, asked, kept):
+    "Pairs of logits and batch; those of the places that are judged are appended to `kept`."
+    order = teacher.class_order(asked)
+    for batch in teacher.own(asked).batches(512):
+        logits = teacher.answers(batch.x).float().to(asked.device)
+        if order is not None: logits = logits[..., order]
+        check_answers(logits, batch.y, 'the teacher', batch.weight)
+        y = batch.y.argmax(-1) if batch.y.is_floating_point() else batch.y  # of probabilities
+        judged = y != UNLABELLED
+        if batch.weight is not None: judged = judged & (batch.weight > 0)
+        kept.append((logits[judged].cpu(), y[judged].cpu()))
+        yield logits, batch
+
+# %% ../nbs/05_logits.ipynb #a6de0b40
+def _sit(teacher, asked, judge):
+    "The primary measure of the teacher's answers; logits and labels of at most `judge` places."
+    kept = []
+    value = asked.measure(_answers(teacher, asked, kept))[asked.measures[0].name]
+    logits, labels = map(torch.cat, zip(*kept))
+    must(len(labels), 'data', asked, 'some in which a place has a label, to check the teacher on')
+    n = min(judge, len(labels))
+    spread = torch.arange(n)*len(labels)//n
+    return value, logits[spread], labels[spread]
 
 # %% ../nbs/05_logits.ipynb #bb63cec6
-def _failed(accuracy, logits, labels):
+def _failed(value, asked, logits, labels):
     "What the exam found, and what would have been enough."
-    reached, needed = _exam_marks(logits, labels), _pass_marks(labels)
+    reached, needed = _exam_marks(logits, labels), _pass_marks(labels, asked.chance)
+    measure = asked.measures[0]
+    shown = f"{measure.name.replace('_', ' ')} {value:{'.1%' if measure.share else '.4g'}}"
     line = f'a balanced accuracy above {needed.balanced:.1%}, ' if needed.balanced < 1 else ''
-    return (f'the teacher is right on {accuracy:.1%} of {len(labels)} validation images, which is '
-            'no better than chance: its head was never trained for these classes, it sees the '
-            'images in another form than in its training, or these are too few images to tell. '
+    return (f'the teacher reaches {shown} on {len(asked):,} validation items, which is no better '
+            'than chance: its head was never trained for these classes, it sees its inputs in '
+            'another form than in its training, or these are too few items to tell. '
             f'It has a balanced accuracy of {reached.balanced:.1%} and a cross-entropy of '
             f'{reached.loss:.4g} nats, balanced {reached.balanced_loss:.4g}; needed is {line}'
             f'a cross-entropy of at most {needed.loss:.4g} or a balanced one of at most '
@@ -126,43 +162,54 @@ def _failed(accuracy, logits, labels):
 
 # %% ../nbs/05_logits.ipynb #500523d1
 def check_teacher(
-    teacher:nn.Module, # A model that maps images to logits, or a Frozen one
-    data, # Labelled images that it was not trained on: the validation split
-    images:int=1000, # How many of them to ask about, at most
-)->float: # The measured accuracy
+    teacher:nn.Module, # Maps inputs to logits (B, ..., C); or a Teacher
+    data, # Labelled items that it was not trained on: the validation split
+    items:int=1000, # How many of them to ask about, at most; fewer if each has many places
+)->float: # The primary measure of these items
     "Raise a `ValueError` if a teacher is not better than chance, or gives probabilities."
-    model = teacher.model if isinstance(teacher, Frozen) else teacher
-    check_classes(model, data, 'the teacher')
-    logits, labels = _answers(model, data, images)
-    check_answers(logits, labels, 'the teacher')
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
-    if by_luck(logits, labels): raise ValueError(_failed(accuracy, logits, labels))
+    teacher = teacher_of(teacher)
+    check_classes(teacher, data, 'the teacher')
+    asked, judge = _some(data, items)
+    teacher.check_outputs(next(teacher.own(asked).batches(64)).x)
+    value, logits, labels = _sit(teacher, asked, judge)
+    if by_luck(logits, labels, asked.chance):
+        raise ValueError(_failed(value, asked, logits, labels))
     _refuse_probabilities(logits)
-    return accuracy
+    return value
 
 # %% ../nbs/05_logits.ipynb #55d21696
 class Distill(Objective):
     "Logit matching: (1−α)·CE(hard labels) + α·T²·KL(teacher ‖ student)."
     def __init__(self,
-        student:nn.Module, # The model to train: maps images to logits (B, C)
-        teacher:nn.Module, # Maps images to logits (B, C); it is frozen
+        student:nn.Module, # The model to train: maps inputs to logits (B, ..., C)
+        teacher:nn.Module, # Maps inputs to logits (B, ..., C); or a Teacher
         temperature:float=4., # T > 0
         alpha:float=0.9, # Weight of the soft part, in [0, 1]
         divergence=kd_loss, # Soft loss: any function (student_logits, teacher_logits, temperature)
         standardize:bool=False, # Logit standardisation, Sun et al. 2024
         examine:bool=True, # Must the teacher be better than chance?
+        **loss, # More settings of DistillationLoss: label_smoothing, class_weights
     ):
         super().__init__(student)
         self._examine = examine
-        self.loss = DistillationLoss(temperature, alpha, divergence, standardize)
-        self.teacher = teacher if isinstance(teacher, Frozen) else Frozen(teacher)
+        self.loss = DistillationLoss(temperature, alpha, divergence, standardize, **loss)
+        self.teacher = teacher_of(teacher)
 
 # %% ../nbs/05_logits.ipynb #3f4201f2
 @patch
 def forward(self:Distill, batch:Batch)->dict:
     "The weighted parts of the loss for a batch: hard and soft."
     v = self.teacher(batch)  # first: its tensors are gone before the student's are kept
-    return self.loss.parts(self.model(batch.x), v, batch.y)
+    return self.loss.parts(self.model(batch.x), v, batch.y, weight=batch.weight)
+
+# %% ../nbs/05_logits.ipynb #a6de0b3e
+def _same_weights(
+    student:nn.Module, # What is trained
+    teacher:nn.Module, # What must not change
+)->bool:
+    "Do two networks share a weight that trains, or are they one?"
+    own = {id(p) for p in student.parameters() if p.requires_grad}
+    return student is teacher or any(id(p) in own for p in teacher.parameters())
 
 # %% ../nbs/05_logits.ipynb #a0b34532
 @patch
@@ -172,14 +219,14 @@ def check(self:Distill,
 ):
     "Class counts of student, teacher and data, and the teacher's exam."
     check_classes(self.model, data, 'the student')
-    if self.model is self.teacher.model:
-        raise ValueError('the student must be another module than the teacher, which is frozen; '
-                         'use copy.deepcopy(teacher).')
+    if _same_weights(self.model, self.teacher.model):
+        raise ValueError('the student must be another module than the teacher, whose answers must '
+                         'not change, and share no weight with it; use copy.deepcopy(teacher).')
     self.teacher.check(data)
     if self.teacher.exact_at is not None and self.loss.alpha > 0: self._check_top()
     if self.loss.scale_free: _warn_of_small_logits(self.model, data)
     if self._examine: check_teacher(self.teacher, data if valid is None else valid)
-    else: check_classes(self.teacher.model, data, 'the teacher')
+    else: check_classes(self.teacher, data, 'the teacher')
 
 # %% ../nbs/05_logits.ipynb #597b0aa6
 @patch
@@ -194,11 +241,11 @@ def _check_top(self:Distill):
 
 # %% ../nbs/05_logits.ipynb #6dd11276
 def _warn_of_small_logits(model, data, least=0.01):
-    "Warn if the logits of one image hardly differ."
+    "Warn if the logits of one place hardly differ."
     two = torch.arange(2, device=data.device) % len(data)
-    x = data.get(two).x.to(device_of(model, data.device))
-    with evaluating(model): logits = model(x).float()
-    spread = max(row[row > -math.inf].std(correction=0).item() for row in logits)
+    logits = logits_of(model, data.get(two, 0*two).x, 'the student').double()
+    there = logits.where(logits > -math.inf, math.nan)
+    spread = (there - there.nanmean(-1, keepdim=True)).square().nanmean(-1).max().sqrt().item()
     if spread >= least: return
     warnings.warn(f"the student's logits differ by only {spread:.1g} (standard deviation), and the "
                   'gradient of standardised logits and of dist_loss is as large as 1 / that: the '
@@ -206,8 +253,12 @@ def _warn_of_small_logits(model, data, least=0.01):
                   'the labels first, or use kd_loss.', stacklevel=3)
 
 # %% ../nbs/05_logits.ipynb #573fb612
+def _rows(logits, weight):
+    "The answers that count, one after the other: (B, ..., C) -> (n, C)"
+    return logits.flatten(0, -2) if weight is None else logits[weight > 0]
+
 def _alone(a, b, here, there):
-    "What to say where one side masks a class and the other does not."
+    "What to say where one side masks a class and the other does not; both of shape (n, C)."
     masked = ((a == -math.inf) & (b > -math.inf)).any(0).nonzero()
     if not len(masked): return
     return (f'the {here} masks class {masked[0].item()} with -inf, but the {there} gives it a '
@@ -219,8 +270,8 @@ def _alone(a, b, here, there):
 def explain(self:Distill, batch:Batch)->str|None:
     "As every objective; and what the masks of student and teacher make infinite."
     if why := Objective.explain(self, batch): return why
-    with evaluating(self.model): z = self.model(batch.x)
-    v = self.teacher(batch)
-    try: check_answers(v, name='the teacher')
+    z, v = logits_of(self.model, batch.x, 'the student'), self.teacher(batch)
+    try: check_answers(v, name='the teacher', weight=batch.weight)
     except ValueError as error: return str(error)
+    z, v = (_rows(logits, batch.weight) for logits in (z, v))
     return _alone(z, v, 'student', 'teacher') or _alone(v, z, 'teacher', 'student')

@@ -9,15 +9,15 @@ __all__ = ['METHODS', 'Task', 'Method', 'contender', 'rehearse', 'choose_setting
 import copy, inspect
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from .files import fingerprint, must
 from .losses import dist_loss, dkd_loss
-from .training import Frozen, Recipe, Supervised
+from .training import Recipe, Setup, Supervised, Teacher, placed, teacher_of
 from .compare import Contender, choose
 from .logits import Distill
 from .features import feature_method
@@ -28,12 +28,11 @@ from .data_free import DATA_FREE, DataFree, Generator, Noise
 class Task(NamedTuple):
     "What a method may use."
     make_student: object # Called without arguments; makes a new student
-    teacher: nn.Module # Trained; a CachedTeacher is welcome
+    teacher: nn.Module # Trained: a network or a Teacher; a CachedTeacher is welcome
     labelled: object # The images with labels, an ImageData
     transfer: object # All images, of which some may have no label
     recipe: Recipe # The one of all students
-    folder: object = None # Where a network that is trained before the student is kept
-    device: object = None # Where such a network is trained, as in fit
+    setup: Setup = Setup() # Where a network that is trained before the student is trained and kept
 
 class Method(NamedTuple):
     "A way to train a student, and the settings that are tried for it."
@@ -75,23 +74,32 @@ def _born_again(task, temperature, alpha):
         with torch.random.fork_rng([]):
             model, seed = task.make_student(), int(torch.randint(2**31, ()))
         name = f'earlier-{fingerprint(model.state_dict())}-{seed}'
-        made = born_again(lambda: model, task.labelled, replace(task.recipe, seed=seed),
-                          generations=1, folder=task.folder and Path(task.folder)/name,
-                          device=task.device, progress=False)
+        setup = replace(task.setup, progress=False, resume=True).inside(name)
+        recipe = replace(task.recipe, seed=seed)
+        made = born_again(lambda: model, task.labelled, recipe, generations=1, setup=setup)
         return made.models[0]
     def make(student, teacher):
         return Distill(student, teacher, temperature, alpha, examine=False)
     return Contender(make, task.transfer, before=earlier)
 
-# %% ../nbs/methods.ipynb #9c408c75
-def _network(teacher): return teacher.model if isinstance(teacher, Frozen) else teacher
+# %% ../nbs/methods.ipynb #b4c06bdb
+def _check_form(teacher, data):
+    "Refuse a teacher that wants other images than the student, or orders the classes otherwise."
+    if not isinstance(teacher, Teacher): return
+    for k in ('mean', 'std', 'size'):
+        own, wanted = getattr(teacher, k), getattr(data, k)
+        must(own is None or np.array_equal(own, wanted), f"the teacher's {k}", own,
+             f'that of the data, {wanted}')
+    must(teacher.class_order(data) is None, "the teacher's classes", teacher.classes,
+         f'those of the data in their order, {str(data.classes):.100}')
 
+# %% ../nbs/methods.ipynb #9c408c75
 def _data_free(task, balance):
     data, noise = task.labelled, 64
     def make(student):
-        kw = dict(mean=data.mean, std=data.std)
-        generator = Generator(data.size, data.channels, noise, **kw)
-        return DataFree(student, _network(task.teacher), generator, balance=balance)
+        _check_form(task.teacher, data)
+        generator = Generator(data.size, data.channels, noise, mean=data.mean, std=data.std)
+        return DataFree(student, task.teacher, generator, balance=balance)
     recipe = replace(DATA_FREE, precision=task.recipe.precision)
     images = recipe.steps*recipe.batch_size//30
     return Contender(make, Noise(images, noise, len(data.classes)), recipe)
@@ -162,18 +170,22 @@ def contender(
 
 # %% ../nbs/methods.ipynb #0f56666f
 def _for_trial(task):
-    "The task with copies of what would be changed, and one step on the CPU."
-    recipe = replace(task.recipe, steps=1, precision='float32')
-    teacher = copy.deepcopy(_network(task.teacher))
-    return task._replace(teacher=teacher, recipe=recipe, folder=None, device='cpu')
+    "The task with a teacher that keeps no answers, and a single step on the CPU."
+    recipe, setup = replace(task.recipe, steps=1, precision='float32'), Setup(device='cpu')
+    return task._replace(teacher=teacher_of(task.teacher).live(), recipe=recipe, setup=setup)
 
 def _two_images(name, task, setting):
     made = contender(name, task, **setting)
     objective = made.objective(copy.deepcopy(task.make_student()))
     batch = made.data.get(torch.arange(2), torch.zeros(2, dtype=torch.long))
-    objective.to(batch.x.device)
-    if hasattr(objective, 'prepare'): objective.prepare(batch.x)
-    objective(batch)
+    teachers = [m for m in objective.modules() if isinstance(m, Teacher)]
+    with placed(objective, batch.x.device):
+        try:
+            for t in teachers: t.check(made.data)
+            if hasattr(objective, 'prepare'): objective.prepare(batch)
+            objective(batch)
+        finally:
+            for t in teachers: t.leave()
 
 # %% ../nbs/methods.ipynb #c973e66b
 def rehearse(
@@ -200,8 +212,8 @@ def choose_setting(
     task:Task, # What it may use
     valid, # Validation split, on which the choice is made
     settings=None, # Settings to choose from; None: the method's own
-    **kwargs, # Of choose: folder, device, progress, compile
-)->tuple: # The best setting, and a row for each, with accuracy None where it diverged
+    **setup, # Fields of Setup, as for choose
+)->tuple: # The best setting, and a row for each, with None as its measure where it diverged
     "Try each setting once on the validation split; the first of the best wins."
     settings = _settings_of(name) if settings is None else list(settings)
     _check_settings(settings)
@@ -209,7 +221,7 @@ def choose_setting(
     made = {label: contender(name, task, **s) for label, s in labels.items()}
     for s in settings: rehearse(name, task, **s)
     if len(settings) == 1: return settings[0], []
-    best, rows = choose(task.make_student, made, task.recipe, valid, name, seeds=[1000], **kwargs)
-    found = {label: row and row['valid_accuracy'] for label, row in rows.items()}
-    return labels[best], [{'method': name, **s, 'valid_accuracy': found[label]}
+    best, rows = choose(task.make_student, made, task.recipe, valid, name, [1000], **setup)
+    measure = f'valid_{valid.measures[0].name}'
+    return labels[best], [{'method': name, **s, measure: rows[label] and rows[label][measure]}
                           for label, s in labels.items()]

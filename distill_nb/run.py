@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'Preset', 'preset', 'Place', 'Options', 'free_folder', 'ke
            'run_setting', 'command_line', 'run_job', 'FreeOptions', 'FreeJob', 'prepare_free', 'run_free']
 
 # %% ../nbs/run.ipynb #910ec344
-import copy, inspect, json, math, shlex, shutil, time
+import inspect, json, math, shlex, shutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -16,13 +16,15 @@ from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
+from torch import nn
 
 from .files import must, save_weights, whole, write_atomic
 from .losses import DistillationLoss
 from .data import few_labels
 from .folders import load_data
 from .models import human, profile_model
-from .training import PRECISIONS, Recipe, Supervised, evaluate, fit, fit_device, predict
+from .training import (PRECISIONS, Recipe, Setup, Supervised, Teacher, evaluate, fit,
+                                 fit_device, logits_of, predict)
 from .compare import Comparison, agreement, compare, share_interval
 from .logits import check_teacher
 from .cache import CachedTeacher
@@ -192,12 +194,14 @@ def about(self:_Common)->dict:
     return {k: v for k, v in asdict(self).items() if k not in {f.name for f in fields(Place)}}
 
 @patch
-def where(self:_Common)->torch.device:
-    "The device of the run."
+def setup(self:_Common,
+    folder:Path, # The run folder
+)->Setup:
+    "Where everything in the run is trained, and goes on."
     device = fit_device(self.device)
     if self.precision == 'float16' and device.type != 'cuda':
         raise ValueError(f"precision float16 needs a CUDA device, but the device is '{device}'.")
-    return device
+    return Setup(folder/'work', True, device, compile=self.compile)
 
 # %% ../nbs/run.ipynb #7303db5b
 def free_folder(
@@ -254,13 +258,19 @@ def kept_if_worth(
 class Job(NamedTuple):
     "All that a run needs, checked."
     options: Options
+    folder: Path     # The run folder
+    setup: Setup     # Where everything in the run is trained
     data: tuple      # Splits
-    teacher: torch.nn.Module
+    teacher: nn.Module
     trained: bool    # Was the teacher trained already?
     recipes: dict    # {'teacher': Recipe, 'student': Recipe}
     tasks: dict      # {setting: Task}
     answers: dict    # {word of --cache: 'live', or the views of each image that are kept}
-    device: torch.device
+
+    @property
+    def measure(self):
+        "What students are compared by."
+        return self.data.valid.measures[0]
 
 # %% ../nbs/run.ipynb #cd051bf7
 _MOST = 2e9  # bytes that the answers of all views may take before auto asks a live teacher instead
@@ -283,21 +293,21 @@ def _in_views(data, mode):
     "The images in the views that the teacher answers for."
     return data if mode in ('live', data.augment.n) else data.replace(views=mode)
 
-def _answering(teacher, mode, transfer, folder):
+def _answering(teacher, mode, transfer, setup):
     "The teacher of a distilled student, and the images in the views that it answers for."
     data = _in_views(transfer, mode)
     if mode == 'live': return teacher, data
-    return CachedTeacher(teacher, data, folder/'work'/'answers'), data
+    return CachedTeacher(teacher, data, setup.inside('answers').folder), data
 
 # %% ../nbs/run.ipynb #6c19bc2b
-def _ways(o, teacher, train, folder):
+def _ways(o, teacher, train, setup):
     "How the teacher answers; where the words were left open and there is no room, live."
     answers = _answers(o.cache, train)
     if o.methods != ('kd',) and len(answers) > 1:
         raise ValueError('cache must be a single word where methods are compared, '
                          f'but is {o.cache!r}.')
     try:
-        for mode in answers.values(): _answering(copy.deepcopy(teacher), mode, train, folder)
+        for mode in answers.values(): _answering(teacher, mode, train, setup)
     except ValueError:
         if o.cache != 'auto': raise
         return {'live': 'live'}
@@ -363,7 +373,7 @@ def prepare(
     folder:Path, # Where the run goes
 )->Job:
     "Gather what the run needs, and check it; nothing is written."
-    o, device = options, options.where()
+    o, setup = options, options.setup(folder)
     _check_folder(folder, o)
     more = {'skip_damaged': True} if o.skip_damaged else {}
     data = load_data(o.data, o.root, o.size, **more)
@@ -372,21 +382,21 @@ def prepare(
          f'at most the number of training images, {n}')
     make_student = _student(o, p, data.train)
     data, teacher, trained = _teacher(o, p, data)
-    answers = _ways(o, teacher, data.train, folder)
+    answers = _ways(o, teacher, data.train, setup)
     recipes = _recipes(o, p)
     tasks = _tasks(o, data.train, make_student, teacher, recipes['student'], answers)
-    return Job(o, data, teacher, trained, recipes, tasks, answers, device)
+    return Job(o, folder, setup, data, teacher, trained, recipes, tasks, answers)
 
 # %% ../nbs/run.ipynb #8269de11
-def _train_teacher(job, folder):
-    "Seconds of its training, and its accuracy on the validation split."
-    seconds, valid = 0., job.data.valid.to(job.device)
+def _train_teacher(job):
+    "Seconds of its training, and its measure on the validation split."
+    seconds, data, device = 0., job.data, job.setup.device
     if not job.trained:
-        seconds = fit(Supervised(job.teacher), job.data.train, job.recipes['teacher'],
-                      job.data.valid, folder/'work'/'teacher', True, job.device,
-                      compile=job.options.compile).seconds
-    check_teacher(job.teacher.to(job.device), valid)
-    return seconds, evaluate(job.teacher, valid).accuracy
+        seconds = fit(Supervised(job.teacher), data.train, job.recipes['teacher'], data.valid,
+                      setup=job.setup.inside('teacher')).seconds
+    valid = data.valid.to(device)
+    check_teacher(job.teacher.to(device), valid)
+    return seconds, evaluate(job.teacher, valid)[job.measure.name]
 
 # %% ../nbs/run.ipynb #9e4d6330
 def _given_settings(method, options):
@@ -416,61 +426,63 @@ class _Found(NamedTuple):
     tries: list  # A row for each setting that was tried
     comparison: Comparison
 
-def _asked(job, arm, task, folder):
+def _asked(job, arm, task):
     "The task with the teacher and the images of a distilled student."
     mode = job.answers[arm.cache or next(iter(job.answers))]
-    teacher, data = _answering(job.teacher, mode, task.transfer, folder)
+    teacher, data = _answering(job.teacher, mode, task.transfer, job.setup)
     return task._replace(teacher=teacher, transfer=data)
 
 # %% ../nbs/run.ipynb #979a91c7
-def _choose(job, arms, task, work, kw):
+def _choose(job, arms, task):
     "{name of an arm: the setting that was chosen for its method}, and the rows of all tries."
-    chosen, tries = {}, []
+    chosen, tries, where = {}, [], task.setup.inside('tries')
     for method in job.options.methods:
-        settings, where = _given_settings(method, job.options), work/'tries'/method
+        settings = _given_settings(method, job.options)
         chosen[method], found = choose_setting(method, task, job.data.valid, settings,
-                                               folder=where, **kw)
+                                               setup=where.inside(method))
         tries += found
     return {arm.name: chosen[arm.method] for arm in arms}, tries
 
 # %% ../nbs/run.ipynb #fb9bbfd3
 def run_setting(
     job:Job, # What to run
-    folder:Path, # The run folder
     setting:str, # A key of the job's tasks
 )->_Found:
     "Choose each method's setting on the validation split, then compare over the seeds."
-    work, o, arms = folder/'work'/setting, job.options, _arms(job)
-    task = job.tasks[setting]._replace(folder=work, device=job.device)
-    tasks = {arm.name: _asked(job, arm, task, folder) for arm in arms}
-    kw = {'device': job.device, 'compile': o.compile}
-    chosen, tries = _choose(job, arms, tasks[arms[0].name], work, kw)
+    arms, setup = _arms(job), job.setup.inside(setting)
+    task = job.tasks[setting]._replace(setup=setup)
+    tasks = {arm.name: _asked(job, arm, task) for arm in arms}
+    chosen, tries = _choose(job, arms, tasks[arms[0].name])
     contenders = {'alone': contender('alone', task, label_smoothing=0.)}
     for arm in arms:
         contenders[arm.name] = contender(arm.method, tasks[arm.name], **chosen[arm.name])
     return _Found(arms, chosen, tries, compare(
-        task.make_student, contenders, task.recipe, job.data.valid, job.data.test,
-        job.teacher, o.seeds, work, **kw))
+        task.make_student, contenders, task.recipe, job.data.valid, job.data.test, job.teacher,
+        job.options.seeds, setup=setup))
 
 # %% ../nbs/run.ipynb #31546406
+def _ends(value, n, measure):
+    "The ends of the interval of a share among `n` items; None where the measure is no share."
+    return share_interval(round(value * n), n) if measure.share else None
+
 def _teacher_row(job, seconds, image):
     "The row of the one teacher, without its setting."
-    test = job.data.test.to(job.device)
-    e = evaluate(job.teacher, test)
-    ends = share_interval(round(e.accuracy * len(test)), len(test))
-    return {'model': 'teacher', 'accuracy': e.accuracy, 'ci95': ends,
-            'interval_over': 'test images', 'agreement': 1., 'ece': e.ece, 'seconds': seconds,
-            **profile_model(job.teacher, image)._asdict()}
+    test = job.data.test.to(job.setup.device)
+    found = evaluate(job.teacher, test)
+    ends = _ends(found[job.measure.name], len(test), job.measure)
+    return {'model': 'teacher', **found, 'ci95': ends, 'interval_over': 'test images',
+            'agreement': 1., 'seconds': seconds, **profile_model(job.teacher, image)._asdict()}
 
 # %% ../nbs/run.ipynb #0186dac7
 def _student_row(row, job, comparison, cost):
     "A row of a comparison, with its runs and what such a student costs."
-    n, learning = len(job.data.test), job.recipes['student']
-    if over := row['ci95'] is None: row['ci95'] = share_interval(round(row['accuracy'] * n), n)
+    train, learning, over = len(job.data.train), job.recipes['student'], 'seeds'
+    if row['ci95'] is None:
+        ends = _ends(row[job.measure.name], len(job.data.test), job.measure)
+        row, over = row | {'ci95': ends}, 'test images'
     own = [run for run in comparison.runs if run['model'] == row['model']]
-    train = len(job.data.train)
     epochs = learning.total_steps(train) * learning.batch_size / train
-    return row | {'interval_over': 'test images' if over else 'seeds',
+    return row | {'interval_over': over,
                   'runs': [{k: v for k, v in run.items() if k != 'model'} for run in own],
                   **cost, 'seconds_per_epoch': row['seconds'] / epochs}
 
@@ -490,7 +502,7 @@ def _rows(job, found, teacher_seconds):
     image = job.data.train.channels, job.data.train.size, job.data.train.size
     make_student = next(iter(job.tasks.values())).make_student
     teacher = _teacher_row(job, teacher_seconds, image)
-    cost = profile_model(make_student().to(job.device), image)._asdict()
+    cost = profile_model(make_student().to(job.setup.device), image)._asdict()
     return [row for setting, f in found.items()
             for row in _setting_rows(job, setting, f, teacher, cost)]
 
@@ -499,22 +511,26 @@ def _result(job, name, command, found, teacher_seconds):
     "The result of a run, without its seconds."
     o = job.options
     about = about_data(o.data, job.data)
-    return head_of(name, command, about, job.device, o.seeds) | {
+    return head_of(name, command, about, job.setup.device, o.seeds) | {
+        'measure': job.measure,
         'rows': _rows(job, found, teacher_seconds),
         'tries': {setting: f.tries for setting, f in found.items()},
         'labelled_images': {setting: len(t.labelled) for setting, t in job.tasks.items()}}
 
 # %% ../nbs/run.ipynb #9f217a7d
-def _save_networks(job, folder, found):
+def _save_networks(job, found):
     "Save the best distilled student and the teacher, with what one must know of them."
+    measure, folder = job.measure, job.folder
     students = {(s, n): kept for s, f in found.items()
                 for n, kept in f.comparison.students.items() if n != 'alone'}
-    (setting, name), (accuracy, best) = max(students.items(), key=lambda item: item[1][0])
+    best = max(students, key=lambda which: measure.key(students[which][0]))
+    (setting, name), (value, student) = best, students[best]
     train, o = job.data.train, job.options
     architecture = preset(o.data, train.size).student if o.student is None else o.student
     facts = {'classes': train.classes, 'mean': train.mean, 'std': train.std}
-    save_weights(best, folder/'student.safetensors', architecture=architecture, setting=setting,
-                 trained=name, valid_accuracy=accuracy, **facts)
+    reached = {f'valid_{measure.name}': value}
+    save_weights(student, folder/'student.safetensors', architecture=architecture,
+                 setting=setting, trained=name, **reached, **facts)
     save_weights(job.teacher, folder/'teacher.safetensors', **facts)
 
 # %% ../nbs/run.ipynb #9126532d
@@ -549,73 +565,76 @@ class _Said:
     def seconds(self): return time.perf_counter() - self.start
     def __call__(self, text): print(f'[{self.seconds():5.1f} s] {text}', flush=True)
 
-def _say_answers(job, folder, say):
+def _say_answers(job, say):
     "Say how the teacher answers, and what that takes."
     for arm in [arm for arm in _arms(job) if arm.cache] or [_Arm('distilled', 'kd', None)]:
-        task = _asked(job, arm, next(iter(job.tasks.values())), folder)
+        task = _asked(job, arm, next(iter(job.tasks.values())))
         data, how = task.transfer, 'the teacher is asked about every image in every epoch'
         if task.teacher is not job.teacher:
             how = (f"the teacher's answers for {len(data):,} images in {data.n_views:,} views are "
-                   f"kept in {folder/'work'/'answers'}, {human(task.teacher.nbytes)}B")
+                   f"kept in {job.setup.inside('answers').folder}, {human(task.teacher.nbytes)}B")
         say(f'{arm.name}: {how}')
 
 # %% ../nbs/run.ipynb #ae681069
-def _say_found(setting, found, say):
+def _brief(value, measure): return f'{100 * value:.1f} %' if measure.share else f'{value:.3f}'
+
+def _say_found(setting, found, measure, say):
     "Say which tries failed, what was chosen or given, and what came of it."
     setting, tried = setting.replace('_', ' '), {t['method'] for t in found.tries}
-    for t in (t for t in found.tries if t['valid_accuracy'] is None):
-        values = {k: v for k, v in t.items() if k not in ('method', 'valid_accuracy')}
+    key = f'valid_{measure.name}'
+    for t in (t for t in found.tries if t[key] is None):
+        values = {k: v for k, v in t.items() if k not in ('method', key)}
         say(f"{setting}, {t['method']}: {show_setting(values)} diverged")
     for arm in found.arms:
         how = 'chosen on the validation split' if arm.method in tried else 'given'
         say(f'{setting}, {arm.name}: {show_setting(found.chosen[arm.name])} ({how})')
-    rows = found.comparison.rows('valid_accuracy')
-    means = ', '.join(f"{r['model']} {100 * r['valid_accuracy']:.1f} %" for r in rows)
-    say(f'{setting}: validation accuracy: {means}')
+    rows = found.comparison.rows(key)
+    means = ', '.join(f"{r['model']} {_brief(r[key], measure)}" for r in rows)
+    say(f'{setting}: {found.comparison.label(key)}: {means}')
 
 # %% ../nbs/run.ipynb #1b95ba44
-def _begin(job, folder, recipes):
+def _begin(job, recipes):
     "Write the recipe of a run; was it there already?"
-    path = folder/'recipe.json'
+    path = job.folder/'recipe.json'
     resumed, recipes = path.exists(), {name: asdict(r) for name, r in recipes.items()}
     write_atomic(path, as_json({'options': job.options.about()} | recipes))
     return resumed
 
-def _run_settings(job, folder, say):
+def _run_settings(job, say):
     found = {}
     for setting in job.tasks:
-        found[setting] = run_setting(job, folder, setting)
-        _say_found(setting, found[setting], say)
+        found[setting] = run_setting(job, setting)
+        _say_found(setting, found[setting], job.measure, say)
     return found
 
 # %% ../nbs/run.ipynb #c2d206e9
-def _finish(job, folder, found, result):
+def _finish(job, found, result):
     "Save, write and print; returns the result."
-    _save_networks(job, folder, found)
+    folder, rows, measure = job.folder, result['rows'], result['measure']
+    _save_networks(job, found)
     _write(folder, found, result, json.loads((folder/'recipe.json').read_text()))
-    said = '\n'.join(verdicts(result['rows']))
-    print(f"\n{result_table(result['rows'])}\n\n{said}\n\nreport: {folder/'report.html'}")
+    said = '\n'.join(verdicts(rows, measure))
+    print(f"\n{result_table(rows, measure)}\n\n{said}\n\nreport: {folder/'report.html'}")
     return Result(result)
 
 # %% ../nbs/run.ipynb #e00ddb2d
 def run_job(
     job:Job, # What to run
-    folder:Path, # The run folder
     command:str, # The command that makes the run again
     start:float, # When it began, by time.perf_counter
 )->Result:
     "Run a checked job: the stages, then everything that it leaves."
-    say, resumed = _Said(start), _begin(job, folder, job.recipes)
+    say, resumed = _Said(start), _begin(job, job.recipes)
     train = job.data.train
     say(f'{job.options.data}: {len(train):,} training images, {len(train.classes)} classes, '
-        f'on {job.device}, into {folder}')
-    seconds, accuracy = _train_teacher(job, folder)
-    say(f'teacher: {100 * accuracy:.1f} % on the validation split')
-    _say_answers(job, folder, say)
-    found = _run_settings(job, folder, say)
-    result = _result(job, folder.name, command, found, seconds)
+        f'on {job.setup.device}, into {job.folder}')
+    seconds, reached = _train_teacher(job)
+    say(f'teacher: {_brief(reached, job.measure)} on the validation split')
+    _say_answers(job, say)
+    found = _run_settings(job, say)
+    result = _result(job, job.folder.name, command, found, seconds)
     result |= {'seconds': say.seconds(), 'resumed': resumed}
-    return _finish(job, folder, found, result)
+    return _finish(job, found, result)
 
 # %% ../nbs/run.ipynb #6ec80f99
 @dataclass(frozen=True)
@@ -661,13 +680,17 @@ def check(self:FreeOptions):
 class FreeJob(NamedTuple):
     "All that a run without data needs, checked."
     options: FreeOptions
-    teacher: torch.nn.Module # Trained
-    student: torch.nn.Module # New
+    folder: Path     # The run folder
+    setup: Setup     # Where the student is trained
+    teacher: Teacher # Trained; it knows its size, and normalisation and classes if its file does
+    student: nn.Module # New
     shape: tuple     # Classes, channels and size of the teacher's images
-    names: list|None # Of the classes; None where neither data nor weights name them
-    norm: tuple      # Their mean and std; (None, None) where the weights do not name them
     data: tuple|None # Splits to measure by
-    device: torch.device
+
+    @property
+    def measure(self):
+        "What the student is measured by; None where there are no data."
+        return self.data and self.data.valid.measures[0]
 
 # %% ../nbs/run.ipynb #e60e131f
 def _shape(o, data):
@@ -684,16 +707,25 @@ def _shape(o, data):
 # %% ../nbs/run.ipynb #11974ab4
 def _check_free_teacher(teacher, shape, data, weights):
     "Refuse a teacher without statistics, with damaged weights, or that knows nothing."
-    if not bn_layers(teacher):
+    if not bn_layers(teacher.model):
         raise ValueError('the teacher must have batch-norm layers, whose statistics guide the '
                          'images, but has none; from Python, '
                          '`distill_without_data(..., statistics=0.)` does without.')
-    classes, channels, size = shape
-    black = Pictures(torch.zeros(2, channels, size, size), classes)
-    if not (predict(teacher, black) < math.inf).all():
+    black = torch.zeros(2, *shape[1:], shape[-1])
+    if not (logits_of(teacher, black, 'the teacher') < math.inf).all():
         raise ValueError('the teacher gives logits that are not finite: '
                          f'the weights of {weights!r} are damaged.')
     if data is not None: check_teacher(teacher, data.valid)
+
+# %% ../nbs/run.ipynb #80137789
+def _free_teacher(o, network, shape, data):
+    "The teacher with its weights and what its file says of it; the data in its normalisation."
+    names = load_teacher(network, o.teacher_weights, data and data.train.classes)
+    mean, std = normalisation_of(o.teacher_weights, shape[1]) or (None, None)
+    if data is not None and mean: data = normalised(data, mean, std)
+    teacher = Teacher(network, names, mean, std, shape[2])
+    _check_free_teacher(teacher, shape, data, o.teacher_weights)
+    return teacher, data
 
 # %% ../nbs/run.ipynb #dfc4b6b4
 def prepare_free(
@@ -701,86 +733,83 @@ def prepare_free(
     folder:Path, # Where the run goes
 )->FreeJob:
     "Gather what a run without data needs, and check it; nothing is written."
-    o, device = options, options.where()
+    o, setup = options, options.setup(folder)
     _check_folder(folder, o)
     data = None if o.data is None else load_data(o.data, o.root, o.size)
     shape = _shape(o, data)
     with torch.random.fork_rng([]):
         torch.manual_seed(o.seed)
-        student, teacher = (build_model(name, *shape) for name in (o.student, o.teacher))
-    names = load_teacher(teacher, o.teacher_weights, data and data.train.classes)
-    norm = normalisation_of(o.teacher_weights, shape[1]) or (None, None)
-    if data is not None and norm[0]: data = normalised(data, *norm)
-    _check_free_teacher(teacher, shape, data, o.teacher_weights)
-    return FreeJob(o, teacher, student, shape, names, norm, data, device)
+        student, network = (build_model(name, *shape) for name in (o.student, o.teacher))
+    teacher, data = _free_teacher(o, network, shape, data)
+    return FreeJob(o, folder, setup, teacher, student, shape, data)
 
 # %% ../nbs/run.ipynb #3d386ccb
 def _measured(job, model, asked, answers):
-    "What is measured of a network: agreement, cost and, where there are data, accuracy."
-    classes, channels, size = job.shape
-    own = answers if model is job.teacher else {k: predict(model, x) for k, x in asked.items()}
-    found = {k: agreement(own[k], answers[k]) for k in asked}
+    "What is measured of a network: agreement, cost and, where there are data, their measures."
+    _, channels, size = job.shape
+    found = {k: agreement(predict(model, x), answers[k]) for k, x in asked.items()}
     row = {'agreement_generated': found['generated'],
            **profile_model(model, (channels, size, size))._asdict()}
     if 'test' not in asked: return row
-    e, n = evaluate(model, asked['test']), len(asked['test'])
-    return row | {'accuracy': e.accuracy, 'interval_over': 'test images', 'ece': e.ece,
-                  'ci95': share_interval(round(e.accuracy * n), n), 'agreement': found['test']}
+    e = evaluate(model, asked['test'])
+    ends = _ends(e[job.measure.name], len(asked['test']), job.measure)
+    return row | {**e, 'ci95': ends, 'interval_over': 'test images', 'agreement': found['test']}
 
 # %% ../nbs/run.ipynb #5ce1ee56
 def _free_rows(job, made):
     "The rows of teacher and student, in the schema of distill_nb/results."
-    networks = {'teacher': job.teacher.to(job.device), 'student': job.student.to(job.device)}
-    asked = {'generated': Pictures(made.images.to(job.device), job.shape[0])}
-    if job.data: asked['test'] = job.data.test.to(job.device)
-    answers = {k: predict(job.teacher, images) for k, images in asked.items()}
+    networks = {'teacher': job.teacher.model, 'student': job.student}
+    for model in networks.values(): model.to(job.setup.device)
+    asked = {'generated': Pictures(made.images.to(job.setup.device), job.shape[0])}
+    if job.data: asked['test'] = job.data.test.to(job.setup.device)
+    answers = {k: predict(job.teacher.model, images) for k, images in asked.items()}
     rows = [{'setting': 'data_free', 'model': name} | _measured(job, model, asked, answers)
             for name, model in networks.items()]
     return [rows[0], rows[1] | _free_run(job, made, rows[1])]
 
 def _free_run(job, made, row):
-    h, names = made.history, ('accuracy', 'ece', 'agreement', 'agreement_generated')
+    h, names = made.history, ('agreement', 'agreement_generated')
+    if job.data: names += tuple(m.name for m in job.data.test.measures)
     run = {'seed': job.options.seed, 'seconds': h.seconds} | {k: row[k] for k in names if k in row}
-    curve = [{k: r[k] for k in ('step', 'seconds', 'accuracy')} for r in h.rows if 'accuracy' in r]
+    keys = ('step', 'seconds', job.measure.name) if job.data else ()
+    curve = [{k: r[k] for k in keys} for r in h.rows if job.data]
     return {'runs': [run], 'way': job.options.way, 'images': len(made.images),
             'steps': h.last['step'], 'seconds': h.seconds, 'curve': curve}
 
 # %% ../nbs/run.ipynb #2f9aa370
-def _distil(job, folder):
-    o, (mean, std) = job.options, job.norm
-    if mean is None:
+def _distil(job):
+    if job.teacher.mean is None:
         print("The teacher's file names no normalisation, so pixels are left free; "
               '`save_weights(model, path, mean=..., std=...)` writes one that does.', flush=True)
     return distill_without_data(
-        job.teacher, job.student, job.shape[2], o.way, o.recipe(), job.shape[1], mean, std, o.seed,
-        job.data and job.data.valid, folder/'work', True, job.device)
+        job.teacher, job.student, job.options.way, job.options.recipe(),
+        job.data and job.data.valid, channels=job.shape[1], setup=job.setup)
 
-def _write_free(job, folder, made, result):
+def _write_free(job, made, result):
     "Pictures, the student's weights and, last, the result."
-    (mean, std), student = job.norm, folder/'student.safetensors'
+    folder, (mean, std) = job.folder, (job.teacher.mean, job.teacher.std)
     write_atomic(folder/'images.png', as_png(draw_images(made.images[-40:], mean, std)))
     write_atomic(folder/'curves.png', as_png(draw_learning(made.history)))
     norm = {} if mean is None else {'mean': mean, 'std': std}
-    save_weights(job.student, student, architecture=job.options.student, trained='data_free',
-                 classes=job.names, **norm)
+    save_weights(job.student, folder/'student.safetensors', architecture=job.options.student,
+                 trained='data_free', classes=job.teacher.classes, **norm)
     write_atomic(folder/'result.json', as_json(result))
 
 # %% ../nbs/run.ipynb #7a3aab1a
 def run_free(
     job:FreeJob, # What to run
-    folder:Path, # The run folder
     command:str, # The command that makes the run again
     start:float, # When it began, by time.perf_counter
 )->Result:
     "Run a checked job: distil, measure, and write everything, `result.json` last."
-    say, resumed = _Said(start), _begin(job, folder, {'student': job.options.recipe()})
-    made = _distil(job, folder)
+    say, resumed = _Said(start), _begin(job, {'student': job.options.recipe()})
+    made = _distil(job)
     rows, (classes, channels, size) = _free_rows(job, made), job.shape
     about = f'none: images of {channels}x{size}x{size}, {classes} classes'
     if job.data: about = about_data(job.options.data, job.data)
-    result = head_of(folder.name, command, about, job.device, 1)
-    result |= {'seconds': say.seconds(), 'resumed': resumed, 'rows': rows}
-    _write_free(job, folder, made, result)
-    print(f"{free_text(rows, len(made.images))}\n\nimages: {folder/'images.png'}\n"
-          f"student: {folder/'student.safetensors'}")
+    result = head_of(job.folder.name, command, about, job.setup.device, 1)
+    result |= {'measure': job.measure, 'seconds': say.seconds(), 'resumed': resumed, 'rows': rows}
+    _write_free(job, made, result)
+    print(f"{free_text(rows, len(made.images), job.measure)}\n\n"
+          f"images: {job.folder/'images.png'}\nstudent: {job.folder/'student.safetensors'}")
     return Result(result)

@@ -11,7 +11,7 @@ __all__ = ['generation_seed', 'Generations', 'born_again', 'Ensemble', 'run_unti
 import copy, math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,12 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .files import must
-from .losses import (UNLABELLED, DistillationLoss, check_logits, check_temperature,
-                               check_weight, hard_loss, log_soften, upcast)
-from .data import Batch, mix
+from .losses import (DistillationLoss, check_logits, check_temperature, check_weight,
+                               hard_loss, log_soften, rows_there, upcast)
+from .data import Batch, ImageData, mix
 from .models import count_macs, evaluating
-from .training import Objective, Supervised, device_of, evaluate, fit, fit_device, placed
+from .training import (Objective, Supervised, device_of, evaluate, fit, fit_device,
+                                 placed, setup_of)
 from .logits import Distill
 from .features import find_layers, head_input, listening, stage_names, tap
 
@@ -41,23 +42,22 @@ class Generations:
     "What `born_again` made, one entry for each generation."
     models: list = field(default_factory=list)     # Trained networks, in eval mode
     histories: list = field(default_factory=list)  # The History of each
-    accuracies: list = field(default_factory=list) # On the validation split
+    measured: list = field(default_factory=list)   # The Measured of each on the validation split
 
     def ensemble(self):
         "All generations as one model."
         return Ensemble(self.models)
 
     def _add(self, model, history, valid, device):
-        "Take in a trained generation, and examine it if there is a validation split."
+        "Take in a trained generation, and measure it if there is a validation split."
         self.models.append(model)
         self.histories.append(history)
         if valid is None: return
-        with placed(model, device): found = evaluate(model, valid.to(device))
-        self.accuracies.append(found.accuracy)
+        with placed(model, device): self.measured.append(evaluate(model, valid.to(device)))
 
 # %% ../nbs/08_self.ipynb #da704e0b
-def _lineage(make_student, recipe, generations, temperature, alpha, folder, device):
-    "What trains each generation, its recipe and its folder; made when the last one is trained."
+def _lineage(make_student, recipe, generations, temperature, alpha, device):
+    "What trains each generation, and its recipe; made when the last one is trained."
     must(isinstance(generations, int) and generations >= 1, 'generations', generations,
          'a whole number of at least 1')
     DistillationLoss(temperature, alpha)  # refuses bad settings now, not after generation 0
@@ -68,8 +68,8 @@ def _lineage(make_student, recipe, generations, temperature, alpha, folder, devi
             torch.manual_seed(own.seed)
             model = make_student()
         if last is None: objective = Supervised(model)
-        else: objective = Distill(model, copy.deepcopy(last), temperature, alpha, examine=False)
-        yield objective, own, folder and Path(folder)/f'generation-{k}'
+        else: objective = Distill(model, last, temperature, alpha, examine=False)
+        yield objective, own
         last = model
 
 # %% ../nbs/08_self.ipynb #ce7401fe
@@ -77,27 +77,26 @@ def born_again(
     make_student, # Called without arguments; makes a new network (the seed is set before)
     data, # Training data with labels
     recipe, # How to train each generation
-    valid=None, # Validation split; None: no accuracies
+    valid=None, # Validation split; None: nothing is measured
     generations:int=3, # How many, generation 0 included
     temperature:float=1., # T > 0
     alpha:float=0.5, # Weight of the soft part from generation 1 on, in [0, 1]
-    folder:str|Path|None=None, # A folder in it for each generation; a run that was killed continues
-    device:str|None=None, # As in fit
-    progress:bool=True, # As in fit
+    **setup, # Fields of Setup; resume is True if it is not given
 )->Generations:
     "Train a network on the labels, and further ones on their predecessors, Furlanello et al. 2018."
-    made, device = Generations(), fit_device(device)
-    lineage = _lineage(make_student, recipe, generations, temperature, alpha, folder, device)
-    for objective, own, where in lineage:
-        history = fit(objective, data, own, valid, where, True, device.type, progress)
-        made._add(objective.model, history, valid, device)
+    setup = setup_of({'resume': True} | setup)
+    setup = replace(setup, device=fit_device(setup.device))
+    made, how = Generations(), (generations, temperature, alpha, setup.device)
+    for k, (objective, own) in enumerate(_lineage(make_student, recipe, *how)):
+        history = fit(objective, data, own, valid, setup=setup.inside(f'generation-{k}'))
+        made._add(objective.model, history, valid, setup.device)
     return made
 
 # %% ../nbs/08_self.ipynb #4817b4bb
 class Ensemble(nn.Module):
     "Log of the mean of several models' probabilities, Furlanello et al. 2018, section 3.3."
     def __init__(self,
-        models, # Modules that map images to logits of the same classes
+        models, # Modules that map inputs to logits of the same classes
     ):
         super().__init__()
         single = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
@@ -107,10 +106,10 @@ class Ensemble(nn.Module):
         self.models = nn.ModuleList(models)
 
     def forward(self,
-        x:Tensor, # Images, shape (B, channels, H, W)
-    )->Tensor: # Logits whose softmax is the mean of the models' probabilities, shape (B, C)
+        x:Tensor, # Inputs, shape (B, ...)
+    )->Tensor: # Logits whose softmax is the mean of the models' probabilities, (B, ..., C)
         "Log of the mean of the probabilities."
-        logs = torch.stack([log_soften(m(x)) for m in self.models])      # (K, B, C)
+        logs = torch.stack([log_soften(m(x)) for m in self.models])      # (K, B, ..., C)
         return logs.logsumexp(0) - math.log(len(self.models))
 
 # %% ../nbs/08_self.ipynb #a948b92e
@@ -293,13 +292,16 @@ def exit_costs(
 def feature_distance(
     features:Tensor, # F_i of an exit, shape (B, D)
     deepest:Tensor, # F_n, shape (B, D)
+    weight:Tensor|None=None, # Of the labels' places, shape (B, ...); a row without any is left out
 )->Tensor: # A scalar
     "Squared Euclidean distance, averaged over the batch, Zhang et al. 2019, loss source 3."
     shapes = tuple(features.shape), tuple(deepest.shape)
     if shapes[0] != shapes[1] or len(shapes[0]) != 2 or not len(features):
         raise ValueError('features and deepest must have the same shape (B, D), with at least 1 '
                          f'row, but have {shapes[0]} and {shapes[1]}.')
-    return (upcast(features) - upcast(deepest)).square().sum(1).mean()
+    if weight is not None: features, deepest = (f[rows_there(weight)] for f in (features, deepest))
+    far = (upcast(features) - upcast(deepest)).square().sum(1)
+    return far.mean() if len(far) else far.sum()
 
 # %% ../nbs/08_self.ipynb #94616da0
 class BeYourOwnTeacher(Objective):
@@ -325,9 +327,10 @@ class BeYourOwnTeacher(Objective):
 def forward(self:BeYourOwnTeacher, batch:Batch)->dict:
     "The parts of the loss, summed over the exits: `{'hard': ..., 'soft': ..., 'feature': ...}`."
     (*features, deepest), (*logits, answer) = self.model.every(batch.x)
-    parts = [self.loss.parts(z, answer.detach(), batch.y) for z in logits]
-    far = [feature_distance(f, deepest.detach()) for f in features]
-    return {'hard': hard_loss(answer, batch.y) + sum(p['hard'] for p in parts),
+    y, weight = batch.y, batch.weight
+    parts = [self.loss.parts(z, answer.detach(), y, weight) for z in logits]
+    far = [feature_distance(f, deepest.detach(), weight) for f in features]
+    return {'hard': hard_loss(answer, y, weight=weight) + sum(p['hard'] for p in parts),
             'soft': sum(p['soft'] for p in parts), 'feature': self.feature_weight * sum(far)}
 
 # %% ../nbs/08_self.ipynb #7780969b
@@ -419,33 +422,28 @@ def plot_exits(
 
 # %% ../nbs/08_self.ipynb #9a408b31
 def repeat_labelled(
-    data, # An ImageData of which some images have labels
+    data, # A data set of which some items have labels
     share:float=0.5, # Of the result that is to have labels, about; in (0, 1)
-): # An ImageData: the same images, the labelled ones several times
-    "The same images with the labelled ones repeated, so that a batch holds enough labels."
+): # A data set: the same items, the labelled ones several times
+    "The same items with the labelled ones repeated, so that a batch holds enough labels."
     must(0 < share < 1, 'share', share, 'between 0 and 1')
-    has = (data.y != UNLABELLED).nonzero()[:, 0]
-    none = (data.y == UNLABELLED).nonzero()[:, 0]
+    has, none = (where.nonzero()[:, 0] for where in (data.labelled, ~data.labelled))
     if not len(has):
-        raise ValueError('data must hold labelled images to repeat, but no image has a label.')
+        raise ValueError('data must hold labelled items to repeat, but none has a label.')
     times = max(1, round(share / (1 - share) * len(none) / len(has)))
     return data.subset(torch.cat([has.repeat(times), none]))
 
 # %% ../nbs/08_self.ipynb #5aec9204
 class MovingAverage(nn.Module):
-    "The moving average of a network: its weights are buffers, and it is always in eval mode."
+    "The moving average of a network: nothing of it trains, and it is always in eval mode."
     def __init__(self,
         model:nn.Module, # The network to follow; a copy of it is made
         momentum:float=0.99, # m, in [0, 1)
     ):
         super().__init__()
         must(0 <= momentum < 1, 'momentum', momentum, 'at least 0 and less than 1')
-        self.model, self.momentum = copy.deepcopy(model).eval(), momentum
-        for m in self.model.modules():
-            for name, p in list(m._parameters.items()):
-                if p is None: continue
-                del m._parameters[name]
-                m.register_buffer(name, p.detach().clone())
+        self.model, self.momentum = copy.deepcopy(model).requires_grad_(False), momentum
+        self.eval()
 
     def train(self, mode:bool=True):
         "Stay in eval mode, whatever is asked for."
@@ -454,54 +452,55 @@ class MovingAverage(nn.Module):
 # %% ../nbs/08_self.ipynb #a2f99e95
 @patch
 def forward(self:MovingAverage,
-    x:Tensor, # Images, shape (B, channels, H, W)
-)->Tensor: # Logits (B, C), without gradient
+    x:Tensor, # Inputs, shape (B, ...)
+)->Tensor: # Logits (B, ..., C), without gradient
     "The averaged network's logits."
     if any(m.training for m in self.model.modules()): self.eval()  # .train() was called on a part
     with torch.no_grad(): return self.model(x)
 
 # %% ../nbs/08_self.ipynb #b0600bc4
+def _tensors(model): return chain(model.parameters(), model.buffers())
+
 @patch
 @torch.no_grad()
 def update(self:MovingAverage,
     model:nn.Module, # The network that is followed
 ):
     "Move every weight and statistic towards those of `model`."
-    own = self.model.state_dict(keep_vars=True)
-    for name, new in model.state_dict().items():
-        if new.is_floating_point(): own[name].lerp_(new, 1 - self.momentum)
-        else: own[name].copy_(new)
+    for own, new in zip(_tensors(self.model), _tensors(model)):
+        if new.is_floating_point(): own.lerp_(new, 1 - self.momentum)
+        else: own.copy_(new)
 
 # %% ../nbs/08_self.ipynb #4291265b
 def view_loss(
-    student_logits:Tensor, # g_s on one view, shape (B, C)
-    teacher_logits:Tensor, # g_t on another view of the same images, shape (B, C)
+    student_logits:Tensor, # g_s on one view, shape (..., C)
+    teacher_logits:Tensor, # g_t on another view of the same items, shape (..., C)
     centre:Tensor, # c, the running mean of the teacher's logits, shape (C,)
     student_temperature:float=1., # τ_s > 0
     teacher_temperature:float=0.5, # τ_t > 0; sharper than the student's
-)->Tensor: # A scalar, the mean over the batch
+    weight:Tensor|None=None, # Of the places, shape (...); 0: not there; None: 1 everywhere
+)->Tensor: # A scalar: the mean over each row's places, then over rows
     "Cross-entropy with the sharpened teacher on another view, Caron et al. 2021, section 3.1."
-    check_logits(student_logits, teacher_logits)
-    shape = student_logits.shape[1:]
-    must(centre.shape == shape, 'centre', tuple(centre.shape),
-         f'of the shape ({shape[0]},), one number for each class')
     check_temperature(student_temperature, 'student_temperature')
     check_temperature(teacher_temperature, 'teacher_temperature')
+    check_logits(student_logits, teacher_logits)
+    C = student_logits.shape[-1]
+    must(centre.shape == (C,), 'centre', tuple(centre.shape),
+         f'of the shape ({C},), one number for each class')
     target = log_soften(upcast(teacher_logits.detach()) - centre, teacher_temperature).exp()
-    terms = target * log_soften(student_logits, student_temperature)
-    return -terms.masked_fill(target == 0, 0.).sum(1).mean()  # masked by both: no term
+    return hard_loss(upcast(student_logits) / student_temperature, target, weight=weight)
 
 # %% ../nbs/08_self.ipynb #e1ab2ce2
 def _other_view(index, view, n_views):
-    "Another view of each image, as a pure function of image and view; there are at least 2."
+    "Another view of each item, as a pure function of item and view; there are at least 2."
     return (view + 1 + mix(index, view) % (n_views - 1)) % n_views
 
 # %% ../nbs/08_self.ipynb #a0db8744
 class SelfTeacher(Objective):
     "A student that learns from labels and from its own moving average, after Caron et al. 2021."
     def __init__(self,
-        student:nn.Module, # The model to train: maps images to logits (B, C)
-        data, # The training set, with at least 2 views; images without labels are welcome
+        student:nn.Module, # The model to train: maps inputs to logits (B, ..., C)
+        data, # The training set, with at least 2 views; items without labels are welcome
         weight:float=1., # Of the self-taught part, at least 0
         momentum:float=0.95, # Of the average, in [0, 1); closer to 1 for runs of thousands of steps
         student_temperature:float=1., # τ_s > 0
@@ -527,12 +526,25 @@ def _begins(model): return all(p.grad is None for p in model.parameters()) or _c
 # %% ../nbs/08_self.ipynb #9293d877
 @patch
 def _second(self:SelfTeacher, batch):
-    "The images of the batch, each in another view."
-    self.data, index, view = self.data.to(batch.x.device), batch.index, batch.view
-    few = self.data.views is not None
-    if few: view = self.data.view_number(index, view)
-    view = _other_view(index, view, self.data.n_views)
-    return self.data.get(index, self.data.view_at(index, view) if few else view)
+    "The items of the batch, each in another view."
+    data = self.data = self.data.to(batch.x.device)
+    index, n = batch.index, data.n_views
+    if isinstance(data, ImageData) and data.sight.views is None:  # all are shown
+        return data.get(index, _other_view(index, batch.view, n))
+    number = _other_view(index, data.view_number(index, batch.view), n)
+    return data.get(index, data.view_at(index, number))
+
+# %% ../nbs/08_self.ipynb #a6de0b41
+def _in_both(weight, second):
+    "The weights of places that are there in both views; None: all are."
+    if weight is None or second is None: return second if weight is None else weight
+    return weight * (second > 0)
+
+def _share(weight, batch):
+    "Of the rows that count in a batch, the share that counts by these weights."
+    if weight is batch.weight: return 1.
+    counted = len(batch.x) if batch.weight is None else rows_there(batch.weight).sum()
+    return rows_there(weight).sum() / max(counted, 1)
 
 # %% ../nbs/08_self.ipynb #2586ede8
 @patch
@@ -540,26 +552,27 @@ def forward(self:SelfTeacher, batch:Batch)->dict:
     "The losses `{'hard': ..., 'self': ...}`; in train mode teacher and centre move."
     if self.training and _begins(self.model): self.teacher.update(self.model)
     second = self._second(batch)
-    student_logits, teacher_logits = self.model(batch.x), upcast(self.teacher(second.x))
-    across = view_loss(student_logits, teacher_logits, self.centre, self.student_temperature,
-                       self.teacher_temperature)
-    if self.training: self._move_centre(_mean_where_answered(teacher_logits))
-    return {'hard': hard_loss(student_logits, batch.y), 'self': self.weight * across}
+    z, v = self.model(batch.x), upcast(self.teacher(second.x))
+    weight = _in_both(batch.weight, second.weight)
+    taus = self.student_temperature, self.teacher_temperature
+    across = view_loss(z, v, self.centre, *taus, weight) * _share(weight, batch)
+    if self.training: self._move_centre(v if weight is None else v[weight > 0])
+    return {'hard': hard_loss(z, batch.y, weight=batch.weight), 'self': self.weight * across}
 
 # %% ../nbs/08_self.ipynb #72d23b0a
-def _mean_where_answered(logits):
-    "The mean of each class over the rows that do not mask it; 0 where all do."
-    masked = logits == -math.inf
-    return logits.masked_fill(masked, 0.).sum(0) / (~masked).sum(0).clamp(min=1)
-
 @patch
 @torch.no_grad()
-def _move_centre(self:SelfTeacher, mean):
-    "The centre's moving average."
+def _move_centre(self:SelfTeacher, logits):
+    "The centre's moving average; logits of shape (..., C), in which -inf masks a class."
+    logits = logits.flatten(0, -2)
+    masked = logits == -math.inf
+    sums, counts = logits.masked_fill(masked, 0.).sum(0), (~masked).sum(0)
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(mean)
-        mean = mean / dist.get_world_size()
-    self.centre.lerp_(mean.to(self.centre.dtype), 1 - self.centre_momentum)
+        both = torch.stack([sums, counts.to(sums.dtype)])
+        dist.all_reduce(both)
+        sums, counts = both
+    mean = (sums / counts.clamp(min=1)).to(self.centre.dtype)
+    self.centre.lerp_(mean.where(counts > 0, self.centre), 1 - self.centre_momentum)
 
 # %% ../nbs/08_self.ipynb #d62dbc93
 @patch
@@ -567,7 +580,7 @@ def check(self:SelfTeacher,
     data, # The training set: the one that SelfTeacher was given
     valid=None, # The validation split
 ):
-    "As every objective; and the images must be those from which the second views are made."
+    "As every objective; and the items must be those from which the second views are made."
     super(SelfTeacher, self).check(data, valid)
     if data.fingerprint() != self.data.fingerprint():
         raise ValueError('data must be the data set that was given to SelfTeacher, which makes the '
@@ -582,7 +595,7 @@ def _check_settings(self:SelfTeacher):
     check_weight('weight', self.weight)
     must(0 <= self.centre_momentum <= 1, 'centre_momentum', self.centre_momentum, 'from 0 to 1')
     if self.data.n_views < 2:
-        raise ValueError('data must have at least 2 views of each image for a SelfTeacher, but '
-                         'has 1: give it an augmentation, e.g. '
+        raise ValueError('data must have at least 2 views of each item for a SelfTeacher, but '
+                         'has 1: give images an augmentation, e.g. '
                          'data.replace(augment=CropFlip(pad=1)), and give the result to fit as '
                          'well.')

@@ -1,8 +1,11 @@
-"""A data set and networks that train in a moment, for several test files."""
+"""Data sets and networks that train in a moment, for several test files."""
+import hashlib, math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from distill_nb.data import CropFlip, ImageData
+from distill_nb.data import Batch, CropFlip, Data, ImageData, Measure
 from distill_nb.training import Recipe, Supervised, fit
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')
@@ -15,6 +18,43 @@ def images(n=120, seed=0):
     y = torch.arange(n) % CLASSES
     x = torch.randint(0, 60, (n, 1, 4, 4), generator=g) + 80 * y.view(-1, 1, 1, 1)
     return ImageData(x.to(torch.uint8), y, ['dark', 'middle', 'bright'], augment=CropFlip(0, True))
+
+
+class Texts(Data):
+    "Texts of different lengths: a letter is mostly followed by the next one. What lies behind an end has no weight."
+    device, classes = torch.device('cpu'), list('abc')
+    measures = (Measure('bits_per_letter', higher=False), Measure('accuracy', share=True))
+
+    def __init__(self, n=60, seed=0, places=6):
+        g = torch.Generator().manual_seed(seed)
+        steps = torch.rand(n, places + 1, generator=g) < 0.9
+        self.letters = (torch.randint(3, (n, 1), generator=g) + steps.cumsum(1)) % 3
+        self.weight = (torch.arange(places) < torch.randint(1, places + 1, (n, 1), generator=g)).float()
+
+    def __len__(self): return len(self.letters)
+
+    def get(self, index, view=None):
+        view = torch.zeros_like(index) if view is None else view
+        return Batch(self.letters[index, :-1], self.letters[index, 1:], index, view, self.weight[index])
+
+    def to(self, device): return self
+
+    def fingerprint(self, labels=True):
+        return hashlib.sha256(self.letters.numpy().tobytes() + self.weight.numpy().tobytes()).hexdigest()
+
+    def measure(self, answers):
+        "Bits for each letter that is there, and the share of those that were guessed."
+        loss = right = n = 0
+        for logits, b in answers:
+            loss = loss + (b.weight * F.cross_entropy(logits.mT, b.y, reduction='none')).sum().item()
+            right = right + (b.weight * (logits.argmax(-1) == b.y)).sum().item()
+            n = n + b.weight.sum().item()
+        return {'bits_per_letter': loss / n / math.log(2), 'accuracy': right / n}
+
+
+def bigram():
+    "The next letter from the present one, for `Texts`."
+    return nn.Embedding(3, 3)
 
 
 def net(outputs=CLASSES):

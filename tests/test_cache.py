@@ -11,13 +11,19 @@ from torch import nn
 
 from distill_nb import cache
 from distill_nb.files import fingerprint
-from distill_nb.losses import dist_loss, dkd_loss, top_k
-from distill_nb.data import CropFlip, ResizedCrop, digits
+from distill_nb.losses import collapse, dist_loss, dkd_loss, top_k
+from distill_nb.data import CropFlip, ImageData, ResizedCrop, digits
 from distill_nb.folders import image_folder
 from distill_nb.models import digit_student
-from distill_nb.training import Frozen, Objective, Recipe, Supervised, fit, plan
+from distill_nb.training import Objective, Recipe, Setup, Supervised, Teacher, fit
 from distill_nb.logits import Distill
 from distill_nb.cache import _HEAD, CachedTeacher, _Form, _checksum
+
+from tokens import BYTES, LENGTH, Bytes, speaker, text, trained_speaker
+
+
+@pytest.fixture(scope='module')
+def speaker_model(): return trained_speaker()
 
 
 def make_data(n=60, pad=1, **kw):
@@ -52,7 +58,7 @@ def everything(data, size=32):
 
 def wrong(cached, teacher, data, size=32):
     "The largest error of any answer."
-    live = Frozen(teacher)
+    live = Teacher(teacher)
     return max((cached(b) - live(b)).abs().max().item() for b in everything(data, size))
 
 
@@ -83,6 +89,35 @@ def test_top_logits_keep_their_probabilities_and_the_mass_of_the_rest(C, k, T):
         np.testing.assert_allclose(q, np.append(p[best], 1 - p[best].sum()), rtol=1e-3, atol=1e-6)
 
 
+def test_the_words_of_a_record_lie_where_they_always_did():
+    v = 5*torch.randn(6, 100)
+    values, places = (t.numpy() for t in v.topk(3))
+    rest = 4*(v/4).scatter(1, torch.from_numpy(places), -torch.inf).logsumexp(1, keepdim=True).numpy()
+    for dtype in ('float16', 'float32'):
+        parts = values.astype(dtype), places.astype(np.int16), rest
+        form = _Form(100, dtype, top=3)
+        expected = np.concatenate([np.ascontiguousarray(t).view(np.int16) for t in parts], 1)
+        found = form.pack(form.shorten(v)).numpy()
+        assert (found[:, :-2] == expected[:, :-2]).all()
+        np.testing.assert_allclose(found[:, -2:].copy().view(np.float32), rest, rtol=1e-6)
+        assert (_Form(100, dtype).pack(v).numpy() == v.numpy().astype(dtype).view(np.int16)).all()
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+@pytest.mark.parametrize('lead', [(7,), (1,), (3, 2)])
+@pytest.mark.parametrize('C,k', [(5, None), (5, 4), (40_000, 3)])
+def test_a_record_holds_all_places_of_an_item(dtype, lead, C, k):
+    v, form = 5*torch.randn(4, *lead, C), _Form(C, dtype, top=k, temperature=2., lead=lead)
+    answer = form.shorten(v)
+    records = form.pack(answer)
+    assert records.dtype == torch.int16 and records.shape == (4, form.words)
+    told, flat = form.unpack(records), _Form(C, dtype, top=k, temperature=2.)
+    if k is None: return torch.testing.assert_close(told, v.to(getattr(torch, dtype)).float(), rtol=0, atol=0)
+    assert [t.shape for t in told] == [(4, *lead, k), (4, *lead, k), (4, *lead, 1)]
+    alone = flat.unpack(flat.pack(flat.shorten(v.flatten(0, -2))))  # each place as an item of its own
+    for a, b in zip(told, alone): assert torch.equal(a.flatten(0, -2), b)
+
+
 def test_a_checksum_sees_every_bit_and_the_place():
     records, rows = torch.randint(-2**15, 2**15, (64, 12), dtype=torch.int16), torch.arange(64)
     good = _checksum(records, rows)
@@ -110,7 +145,7 @@ def test_bfloat16_answers_bit_for_bit():
     cached = CachedTeacher(teacher, data, dtype='bfloat16')
     with torch.autocast('cpu', torch.bfloat16):
         for _ in range(2): assert wrong(cached, teacher, data) == 0
-        assert Frozen(teacher)(data.get(torch.arange(3))).dtype == torch.bfloat16
+        assert Teacher(teacher)(data.get(torch.arange(3))).dtype == torch.bfloat16
     assert wrong(cached, teacher, data) > 0  # in float32 the teacher says something else, and is asked for it
     assert cached.asked == 2*cached.rows
 
@@ -129,7 +164,7 @@ def test_each_precision_has_its_own_answers(tmp_path):
 def test_any_order_of_questions(draw):
     data, teacher = make_data(20), make_teacher()
     views = draw.draw(st.integers(1, 9))
-    cached, live, first = CachedTeacher(teacher, data.replace(views=views)), Frozen(teacher), {}
+    cached, live, first = CachedTeacher(teacher, data.replace(views=views)), Teacher(teacher), {}
     for _ in range(draw.draw(st.integers(1, 5))):
         pairs = draw.draw(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 8)), min_size=1, max_size=30))
         batch = data.get(*(torch.tensor(t) for t in zip(*pairs)))
@@ -147,7 +182,7 @@ def test_views_that_are_not_kept_are_answered_live():
     index = torch.arange(60)
     outside = data.get(index, data.view_at(index, torch.full_like(index, 5)))
     cached._tables[torch.float32].left = 1  # as if one were still missing: then it looks at each
-    for _ in range(2): assert torch.equal(cached(outside), Frozen(teacher)(outside))
+    for _ in range(2): assert torch.equal(cached(outside), Teacher(teacher)(outside))
     assert cached.asked == 240
 
 
@@ -157,7 +192,7 @@ def test_masked_classes_are_kept(top, masked):
     cached = CachedTeacher(teacher, data, top=top, dtype='float32')
     for _ in range(2):
         for b in everything(data):
-            said = Frozen(teacher)(b)
+            said = Teacher(teacher)(b)
             torch.testing.assert_close(cached(b), said if top is None else top_k(said, top, 4.))
     assert cached.asked == 540
 
@@ -166,7 +201,7 @@ def test_masked_classes_add_nothing_to_the_bucket_of_those_that_are_not_kept(mas
     data, plain = make_data(), make_teacher()
     cached = CachedTeacher(masked(plain, 2, 7), data, top=3, dtype='float32')
     for b in everything(data):
-        logits, said = Frozen(plain)(b), cached(b)
+        logits, said = Teacher(plain)(b), cached(b)
         logits[:, [2, 7]] = -1e9
         rest = (logits / 4).scatter(1, said.places, -torch.inf).logsumexp(1, keepdim=True)
         torch.testing.assert_close(said.tail.view(-1, 1), 4 * rest, rtol=1e-4, atol=1e-4)
@@ -190,14 +225,17 @@ def test_files_on_disk_are_asked_about_too(tmp_path):
                 Image.fromarray(pixels.numpy()).save(tmp_path/split/name/f'{i}.png')
     data = image_folder(tmp_path, max_bytes=1, workers=0).train.replace(augment=CropFlip(1))
     teacher = digit_student(2)
-    cached = CachedTeacher(teacher, data.replace(views=3), tmp_path/'answers', dtype='float32')
-    cached.fill(batch_size=8, precision='float32')
-    assert wrong(cached, teacher, cached.data, 8) < 1e-5 and cached.asked == cached.rows
+    for clauses, own in (({}, data), (WIDE, data.replace(**WIDE))):
+        cached = CachedTeacher(Teacher(teacher, **clauses), data.replace(views=3), tmp_path/'answers', dtype='float32')
+        cached.fill(batch_size=8, precision='float32', setup=Setup(progress=False))
+        for batch, theirs in zip(everything(cached.data, 8), everything(own.replace(views=3), 8)):
+            torch.testing.assert_close(cached(batch), Teacher(teacher)(theirs), rtol=1e-4, atol=1e-5)
+        assert cached.asked == cached.rows
 
 
 # --- the teacher
 
-def test_the_teacher_stays_frozen_hidden_and_the_same():
+def test_the_teacher_stays_hidden_and_nothing_in_it_is_changed():
     teacher, data, valid = trained()
     before = fingerprint(teacher.state_dict())
     cached = CachedTeacher(teacher, data)
@@ -205,14 +243,16 @@ def test_the_teacher_stays_frozen_hidden_and_the_same():
     objective.train()
     teacher.train()
     fit(objective, data, Recipe(steps=5, batch_size=20, precision='float32'), valid)
-    assert fingerprint(teacher.state_dict()) == before and not any(m.training for m in teacher.modules())
+    cached.fill(precision='float32')
+    assert fingerprint(teacher.state_dict()) == before and all(m.training for m in teacher.modules())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
     assert not list(cached.parameters()) and not cached.state_dict()
     assert not any(k.startswith('teacher') for k in objective.state_dict())
 
 
-def test_a_frozen_or_cached_teacher_can_be_given_instead_of_the_model():
+def test_a_teacher_or_a_cached_one_can_be_given_instead_of_the_model():
     data, teacher = make_data(), make_teacher()
-    assert CachedTeacher(CachedTeacher(Frozen(teacher), data), data).model is teacher
+    assert CachedTeacher(CachedTeacher(Teacher(teacher), data), data).model is teacher
 
 
 def test_a_teacher_that_changes_is_asked_again_and_not_mixed_with_what_it_was(tmp_path):
@@ -246,17 +286,20 @@ def test_the_same_weights_in_another_structure_are_another_teacher(tmp_path):
 @pytest.mark.parametrize('index', [-1, 60, 1000])
 def test_an_index_that_is_none_is_never_kept(index):
     data, teacher = make_data(), make_teacher()
-    cached, live = CachedTeacher(teacher, data, dtype='float32'), Frozen(teacher)
+    cached, live = CachedTeacher(teacher, data, dtype='float32'), Teacher(teacher)
     odd = data.get(torch.arange(5))._replace(index=torch.full((5,), index))
     assert torch.equal(cached(odd), live(odd)) and wrong(cached, teacher, data) == 0 and cached.asked == 545
     assert torch.equal(cached(odd), live(odd))
+    cached = CachedTeacher(Teacher(teacher, **WIDE), data)
+    with torch.no_grad(): said = teacher.eval()(data.recast(odd.x, data.seen(**WIDE)))
+    torch.testing.assert_close(cached(odd), said)
 
 
 def test_a_full_cache_answers_other_views_live_as_well():
     teacher, train, valid = trained()
     cached = CachedTeacher(teacher, train.replace(views=2)).fill(precision='float32')
     batch = train.get(torch.arange(50))
-    torch.testing.assert_close(cached(batch), Frozen(teacher)(batch), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(cached(batch), Teacher(teacher)(batch), rtol=2e-3, atol=1e-4)
     recipe = Recipe(steps=3, batch_size=64, augment=False, precision='float32')
     fit(Distill(digit_student(), cached), cached.data, recipe, valid)
 
@@ -288,7 +331,135 @@ def test_an_objective_without_a_check_of_its_own_is_checked_all_the_same():
             self.teacher = teacher
         def forward(self, batch): return {'soft': (self.model(batch.x) - self.teacher(batch)).square().mean()}
     objective = Plain(digit_student(), CachedTeacher(teacher, train))
-    with pytest.raises(ValueError, match='other images'): fit(objective, valid, Recipe(steps=1, batch_size=10))
+    with pytest.raises(ValueError, match='other items'): fit(objective, valid, Recipe(steps=1, batch_size=10))
+
+
+# --- whose answers these are
+
+WIDE = dict(size=12, mean=[0.4], std=[0.3])
+
+
+def in_two_forms(views=2):
+    "The same images and views for two students: of another size, and in another normalisation."
+    data = make_data().replace(views=views)
+    return data.replace(size=16), data.replace(mean=[0.9], std=[3.])
+
+
+@pytest.mark.parametrize('top', [None, 3])
+def test_students_in_any_form_share_the_answers_of_a_teacher_that_names_its_own(tmp_path, top):
+    model, (one, two) = make_teacher(), in_two_forms()
+    def answers(data, **clauses):
+        cached = CachedTeacher(Teacher(model, **clauses), data, tmp_path, dtype='float32', top=top)
+        cached.fill(precision='float32')
+        live = Teacher(model, **clauses)
+        live.check(data)
+        for b in everything(data):
+            torch.testing.assert_close(cached(b), cached.form.shorten(live(b)), rtol=1e-4, atol=1e-4)
+        return cached.asked
+    assert (answers(one, **WIDE), answers(two, **WIDE), len(list(tmp_path.iterdir()))) == (120, 0, 1)
+    assert (answers(one), answers(two), len(list(tmp_path.iterdir()))) == (120, 120, 3)  # it sees what they see
+    part = dict(size=12)  # the size is its own, the normalisation theirs
+    assert (answers(one, **part), answers(two, **part), answers(one.replace(size=9), **part)) == (120, 120, 0)
+
+
+def test_a_run_of_another_student_is_served_by_what_is_in_memory():
+    teacher, train, valid = trained()
+    contract = Teacher(teacher, mean=train.mean, std=train.std, size=8)
+    one, two = train.replace(views=2), train.replace(views=2, mean=[0.9], std=[3.])
+    cached = CachedTeacher(contract, one).fill(precision='float32')
+    recipe = Recipe(steps=8, batch_size=64, precision='float32')
+    for data in (one, two, one.replace(size=16)):
+        fit(Distill(digit_student(), cached), data, recipe, valid.replace(mean=data.mean, std=data.std))
+        assert cached.asked == cached.rows and cached._data is one  # the run is over
+    for other in (two.replace(augment=CropFlip(2)), two.subset(range(100)), train):
+        with pytest.raises(ValueError, match='other items|keeps 2 views'): cached.check(other)
+    plain = CachedTeacher(teacher, one)
+    with pytest.raises(ValueError, match='other items'): plain.check(two)
+
+
+@pytest.mark.parametrize('full', [False, True])
+def test_what_the_student_sees_is_compared_in_its_own_form_and_the_teacher_never_sees_it(full):
+    model, (one, two) = make_teacher(), in_two_forms()
+    cached = CachedTeacher(Teacher(model, **WIDE), one, dtype='float32')
+    if full: cached.fill(precision='float32')
+    cached.check(two)
+    batch = two.get(torch.arange(20), two.view_at(torch.arange(20), torch.zeros(20).long()))
+    foreign = one.get(batch.index, batch.view)  # another form than that of the run
+    for changed in (mixed(batch), smaller(batch), swapped(batch), batch._replace(x=foreign.x)):
+        with pytest.raises(ValueError, match='gives index -1'): cached(changed)
+    near = batch._replace(x=batch.x*(1 + 1e-5))  # as rounding may leave it: the answer is that for the stored pixels
+    told = cached(near)
+    assert torch.equal(told, cached(batch))
+    with torch.no_grad(): said = model.eval()(two.seen(**WIDE).get(batch.index, batch.view).x)
+    torch.testing.assert_close(told, said, rtol=1e-4, atol=1e-4)
+
+
+def test_what_rounding_left_of_an_input_is_not_what_the_teacher_is_asked_about():
+    data, teacher = make_data(), make_teacher()
+    cached, batch = CachedTeacher(teacher, data, dtype='float32'), data.get(torch.arange(20))
+    told = cached(batch._replace(x=batch.x*(1 + 1e-5)))
+    assert torch.equal(told, Teacher(teacher)(batch)) and torch.equal(told, cached(batch))
+
+
+def test_index_minus_one_is_brought_into_the_teachers_form_and_not_kept():
+    model, (one, two) = make_teacher(), in_two_forms()
+    teacher = Teacher(model, **WIDE)
+    cached, live = CachedTeacher(teacher, one, dtype='float32'), Teacher(model, **WIDE)
+    for teacher in (cached, live): teacher.check(two)
+    batch = two.get(torch.arange(20), two.view_at(torch.arange(20), torch.zeros(20).long()))
+    half = mixed(batch)._replace(index=batch.index.where(batch.index % 2 == 0, -1))
+    half.x[::2] = batch.x[::2]
+    for _ in range(2): torch.testing.assert_close(cached(half), live(half), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cached(declared(batch)), live(declared(batch)), rtol=1e-4, atol=1e-4)
+    assert cached._tables[torch.float32].left == cached.rows - 10
+
+
+@pytest.mark.parametrize('top', [None, 2])
+def test_answers_are_kept_in_the_order_of_the_classes_of_the_data(tmp_path, top):
+    data, model = make_data(), make_teacher()
+    five = ImageData(data.x, data.y % 5, [f'digit {c}' for c in range(5)], mean=data.mean, std=data.std)
+    turned = ImageData(data.x, 4 - data.y % 5, five.classes[::-1], mean=data.mean, std=data.std)
+    contract = Teacher(model, classes=['cow', *five.classes, 'dog', 'pig', 'hen', 'cat'])
+    def answers(data):
+        cached, live = CachedTeacher(contract, data, tmp_path, 'float32', top), Teacher(model, contract.classes)
+        live.check(data)
+        for _ in range(2):
+            for b in everything(data):
+                torch.testing.assert_close(cached(b), cached.form.shorten(live(b)), rtol=1e-4, atol=1e-4)
+        return cached
+    kept, other, again = answers(five), answers(turned), answers(five)
+    assert (kept.asked, other.asked, again.asked) == (60, 60, 0) and kept.form.classes == 5
+    said = kept(five.get(torch.arange(9)))
+    if top is None: assert torch.equal(said, other(turned.get(torch.arange(9))).flip(1))
+    with pytest.raises(ValueError, match='classes must be.*in this order'): kept.check(turned)
+
+
+@pytest.mark.parametrize('outputs, form', [('probabilities', lambda z: z.softmax(1)), ('sigmoid', torch.sigmoid)])
+def test_the_contract_is_taken_over(outputs, form):
+    class Given(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+        def forward(self, x): return {'answer': form(self.model(x)/20)}
+    data, model = make_data(), Given(make_teacher())
+    contract = Teacher(model, outputs=outputs, read=lambda out: out['answer'])
+    cached = CachedTeacher(contract, data, dtype='float32')
+    assert cached.model is model and cached.fingerprint() == contract.fingerprint()
+    batch = data.get(torch.arange(20))
+    for _ in range(2): assert torch.equal(cached(batch), contract(batch))
+    assert CachedTeacher(cached, data).fingerprint() == contract.fingerprint()
+
+
+def test_a_network_whose_answers_were_kept_can_be_trained_afterwards():
+    teacher, train, valid = trained()
+    teacher.train()
+    before = [(p, p.requires_grad, p.stride()) for p in teacher.parameters()]
+    cached = CachedTeacher(teacher, train.replace(views=1)).fill(precision='bfloat16')
+    assert [(p, p.requires_grad, p.stride()) for p in teacher.parameters()] == before and teacher.training
+    asked = cached.asked
+    fit(Supervised(teacher), train, Recipe(steps=2, batch_size=64, precision='float32'))
+    cached.fill(precision='bfloat16')
+    assert cached.asked == 2*asked  # it is another teacher now
 
 
 # --- what an objective changes
@@ -346,7 +517,7 @@ def test_index_minus_one_asks_the_live_teacher_and_keeps_nothing(tmp_path):
     cached = CachedTeacher(teacher, train.replace(views=1), tmp_path, dtype='float32')
     recipe = Recipe(steps=12, batch_size=64, precision='float32')
     for asked in (12*64, 24*64):
-        objectives = [changing(t, declared) for t in (cached, Frozen(teacher))]
+        objectives = [changing(t, declared) for t in (cached, Teacher(teacher))]
         for objective in objectives: fit(objective, cached.data, recipe, valid)
         one, other = (fingerprint(objective.model.state_dict()) for objective in objectives)
         assert one == other and cached.asked == asked
@@ -359,7 +530,7 @@ def test_half_of_a_batch_may_be_mixed():
     batch, some = data.get(torch.arange(20)), torch.arange(20) % 2 == 0
     x = torch.where(some[:, None, None, None], mixed(batch).x, batch.x)
     half = batch._replace(x=x, index=batch.index.where(~some, -1))
-    for _ in range(2): torch.testing.assert_close(cached(half), Frozen(teacher)(half), rtol=1e-4, atol=1e-5)
+    for _ in range(2): torch.testing.assert_close(cached(half), Teacher(teacher)(half), rtol=1e-4, atol=1e-5)
     assert cached._tables[torch.float32].left == cached.rows - 10 and wrong(cached, teacher, data) < 1e-4
 
 
@@ -370,7 +541,7 @@ def test_the_images_may_come_in_any_precision_and_order(dtype, order):
     cached, batch = CachedTeacher(teacher, data, dtype='float32'), data.get(torch.arange(20))
     teacher.to(dtype).to(memory_format=order)
     batch = batch._replace(x=batch.x.to(dtype).to(memory_format=order))
-    said = Frozen(teacher)(batch).float()
+    said = Teacher(teacher)(batch).float()
     for _ in range(2): assert torch.equal(cached(batch), said)
     assert cached.asked == 20
 
@@ -388,7 +559,7 @@ def test_the_fast_loop_takes_the_steps_of_the_naive_one():
     T, a = 3., 0.7
     naive.train()
     teacher.eval()
-    for index, view in plan(data, recipe, 0, 20):
+    for index, view in data.plan(recipe, 0, 20):
         b = data.get(index, view)
         with torch.no_grad(): p = (teacher(b.x)/T).softmax(1)
         z = naive(b.x)
@@ -418,7 +589,7 @@ def test_a_run_that_is_killed_resumes_with_its_answers_to_the_same_weights(tmp_p
             return steps(batch)
         objective.forward = forward
         recipe = Recipe(epochs=3, batch_size=64, lr=0.05, precision='float32')
-        fit(objective, train, recipe, valid, folder/'run', resume, save_every=0)
+        fit(objective, train, recipe, valid, folder=folder/'run', resume=resume, save_every=0)
         return fingerprint(objective.model.state_dict())
     straight = go(tmp_path/'a')
     with pytest.raises(KeyboardInterrupt): go(tmp_path/'b', stop=True)
@@ -430,7 +601,7 @@ def test_other_images_more_views_and_other_padding_are_refused_before_the_first_
     cached = CachedTeacher(teacher, train.replace(views=4))
     others = (train.subset(range(100)), train.replace(augment=CropFlip(2)), train.replace(size=12),
               train.replace(mean=[0.5], std=[0.5]))
-    for data, said in ((train, 'keeps 4 views'), *((other, 'other images') for other in others)):
+    for data, said in ((train, 'keeps 4 views'), *((other, 'other items') for other in others)):
         student = digit_student()
         before, objective = fingerprint(student.state_dict()), Distill(student, cached)
         with pytest.raises(ValueError, match=said): fit(objective, data, Recipe(steps=1, batch_size=10), valid)
@@ -465,17 +636,107 @@ def test_compile_without_a_compiler_is_refused_before_the_first_step(monkeypatch
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_a_step_from_kept_answers_never_waits_for_the_gpu():
-    from distill_nb.training import _Run, _Setting
+    from distill_nb.training import Run, Setup
     teacher, train, valid = trained()
     cached = CachedTeacher(teacher, train.replace(views=1)).fill()
     objective, recipe = Distill(digit_student(), cached), Recipe(steps=90, batch_size=64)
-    run = _Run(objective, cached.data, recipe, setting=_Setting(device='cuda', progress=False, save_every=1e9))
+    run = Run(objective, cached.data, recipe, setup=Setup(device='cuda', progress=False, save_every=1e9))
     steps = run.steps()
     for _ in range(cache._LOOK + 3): next(steps)
     torch.cuda.set_sync_debug_mode('error')
     try:
         for _ in range(20): next(steps)
     finally: torch.cuda.set_sync_debug_mode('default')
+
+
+# --- many places of an item
+
+def live_top(model, batch, k, T):
+    "Top-k answers as the loss needs them, in float64: k logits, their classes, and the logit of all others."
+    v = model(batch.x).double().detach()
+    values, places = v.topk(k)
+    rest = T*(v/T).exp().scatter(-1, places, 0.).sum(-1, keepdim=True).log()
+    return values, places, rest
+
+
+@pytest.mark.parametrize('top', [None, 1, 4, BYTES - 1])
+def test_answers_for_every_token_are_kept_and_read_back(tmp_path, speaker_model, top):
+    data, T, student = text(), 2., speaker()
+    for asked in (180, 0):
+        cached = CachedTeacher(speaker_model, data, tmp_path, 'float32', top, T)
+        for _ in range(2):
+            for batch in everything(data, 20):
+                told, v = cached(batch), speaker_model(batch.x).detach()
+                if top is None:
+                    torch.testing.assert_close(told, v)
+                    continue
+                for a, b in zip(told, live_top(speaker_model, batch, top, T)):
+                    torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=1e-4)
+                live = collapse(student(batch.x), top_k(v, top, T), T)
+                for a, b in zip(collapse(student(batch.x), told, T), live): torch.testing.assert_close(a, b)
+        assert cached.asked == asked and cached.answered == 360
+    assert f'60 items x 3 views x {LENGTH} places' in repr(cached)
+    assert next(tmp_path.iterdir()).stat().st_size == _HEAD + cached.nbytes == _HEAD + 180*2*(cached.form.words + 2)
+
+
+def test_a_fill_that_was_interrupted_goes_on_where_it_stopped(tmp_path, speaker_model):
+    data = text()
+    class Interrupted(Bytes):
+        def get(self, index, view=None):
+            if view is not None and view[0] == 1 and index[0] >= 40: raise KeyboardInterrupt
+            return super().get(index, view)
+    kept = [CachedTeacher(speaker_model, d, tmp_path, top=3) for d in (Interrupted(data.lines), data)]
+    with pytest.raises(KeyboardInterrupt): kept[0].fill(batch_size=20, precision='float32')
+    kept[1].fill(batch_size=20, precision='float32', progress=False)
+    assert (kept[0].asked, kept[1].asked) == (100, 80)
+    for batch in everything(data, 20):
+        for a, b in zip(kept[1](batch), top_k(speaker_model(batch.x), 3, 4.)):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    assert kept[1].asked == 80
+
+
+def test_a_student_of_kept_tokens_takes_the_steps_of_one_with_a_live_teacher(speaker_model):
+    data, recipe = text(), Recipe(steps=12, batch_size=20, optimizer='adam', lr=0.03, precision='float32')
+    def student(teacher):
+        torch.manual_seed(0)
+        objective = Distill(speaker(), teacher)
+        fit(objective, data, recipe, text(seed=1))
+        return torch.cat([p.flatten() for p in objective.model.parameters()]).detach()
+    live = student(speaker_model)
+    for top in (None, BYTES - 1): torch.testing.assert_close(
+        student(CachedTeacher(speaker_model, data, dtype='float32', top=top)), live, rtol=1e-4, atol=1e-5)
+    assert (student(CachedTeacher(speaker_model, data, top=1)) - live).abs().max() > 1e-4
+
+
+def test_one_token_that_does_not_fit_leaves_out_its_item_and_no_other(speaker_model):
+    data = text()
+    class Loud(nn.Module):
+        "Masks a byte after byte 2, and shouts after byte 5."
+        def forward(self, x):
+            v, after, first = speaker_model(x), x[..., None], torch.arange(BYTES) == 0
+            return v.masked_fill((after == 2) & first, -torch.inf).masked_fill((after == 5) & first, 1e5)
+    loud = Loud()
+    loud.speaker = speaker_model
+    cached = CachedTeacher(loud, data)
+    shouted = sum((b.x == 5).any(1).sum().item() for b in everything(data))
+    assert 0 < shouted < 180
+    for asked in (180, 180 + shouted):
+        for batch in everything(data, 20):
+            torch.testing.assert_close(cached(batch), loud(batch.x), rtol=2e-3, atol=2e-3)
+        assert cached.asked == asked
+
+
+def test_a_changed_text_is_refused(speaker_model):
+    data = text()
+    cached = CachedTeacher(speaker_model, data, top=2)
+    batch = data.get(torch.arange(20), torch.arange(20) % 3)
+    other = batch._replace(x=batch.x.clone())
+    other.x[4, 2] = (other.x[4, 2] + 1) % BYTES
+    for changed, rows in ((other, 1), (batch._replace(x=batch.x[:, 1:]), 20)):
+        with pytest.raises(ValueError, match=f'in {rows} of 20 rows'): cached(changed)
+    sampled = other._replace(index=torch.full_like(other.index, -1))
+    for a, b in zip(cached(sampled), top_k(speaker_model(other.x), 2, 4.)): torch.testing.assert_close(a, b)
+    assert cached._tables[torch.float32].left == cached.rows
 
 
 # --- the file
@@ -691,7 +952,7 @@ def test_largest_logits_are_the_same_from_the_table_live_and_from_another_proces
     cached = CachedTeacher(teacher, data, tmp_path, dtype='float32', top=3, temperature=2.)
     batch = data.get(torch.arange(20))
     batch = batch._replace(index=batch.index.where(batch.index < 15, -1))  # five are asked live
-    exact = cached.form.shorten(Frozen(teacher)(batch))
+    exact = cached.form.shorten(Teacher(teacher)(batch))
     again = CachedTeacher(teacher, data, tmp_path, dtype='float32', top=3, temperature=2.)
     for answers in (cached(batch), cached(batch), again(batch)):
         for a, b in zip(answers, exact): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -711,7 +972,8 @@ def test_views_that_the_data_do_not_have_are_named(views):
 
 
 @pytest.mark.parametrize('kw,said', [(dict(precision='int8'), 'precision'), (dict(batch_size=0), 'batch_size'),
-                                     (dict(batch_size=2.5), 'batch_size')])
+                                     (dict(batch_size=2.5), 'batch_size'), (dict(setup=3), 'setup must be a Setup'),
+                                     (dict(devise='cpu'), 'but was given devise'), (dict(device='abacus'), 'device')])
 def test_fill_names_bad_arguments(kw, said):
     with pytest.raises(ValueError, match=said): CachedTeacher(make_teacher(), make_data()).fill(**kw)
 

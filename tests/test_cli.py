@@ -8,7 +8,7 @@ from PIL import Image
 
 from distill_nb import run, zoo
 from distill_nb.files import read_weights, save_weights
-from distill_nb.data import ImageData, digits
+from distill_nb.data import ImageData, Measure, digits
 from distill_nb.folders import load_data
 from distill_nb.models import resnet18
 from distill_nb.training import evaluate
@@ -23,6 +23,7 @@ from distill_nb.cli import distill_nb, distill_nb_data_free, run_command
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
 COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms',
            'seconds'}
+ACCURACY = Measure('accuracy', share=True)
 DIGIT_PAIR = ['--teacher', 'digit_teacher', '--student', 'digit_student']
 
 
@@ -53,7 +54,8 @@ def test_a_run_leaves_all_that_it_promises(finished):
              'report.html', 'work'}
     assert {p.name for p in finished.iterdir()} == files
     result = json.loads((finished/'result.json').read_text())
-    assert {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'} <= set(result)
+    about = {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows', 'measure'}
+    assert about <= set(result) and Measure(*result['measure']) == ACCURACY
     rows = {(r['setting'], r['model']): r for r in result['rows']}
     assert set(rows) == {(s, m) for s in ('all_labels', 'few_labels') for m in ('teacher', 'alone', 'distilled')}
     for (_, model), r in rows.items():
@@ -76,25 +78,25 @@ def test_a_result_holds_every_measure_of_every_seed_and_wilsons_interval_for_one
             assert r['interval_over'] == 'test images' and 'runs' not in r
             continue
         assert [run['seed'] for run in r['runs']] == [0, 1] and r['interval_over'] == 'seeds'
-        measures = {'accuracy', 'agreement', 'ece', 'seconds'}
+        measures = {'accuracy', 'loss', 'agreement', 'ece', 'seconds'}
         assert all(set(run) == measures | {'seed', 'valid_accuracy'} for run in r['runs'])
         assert r['ci95'] == interval(run['accuracy'] for run in r['runs'])[1]
         for k in measures: assert r[k] == pytest.approx(sum(run[k] for run in r['runs']) / 2)
     few = {r['model']: r for r in rows if r['setting'] == 'few_labels'}
     distilled = few['distilled']
-    assert paired(distilled, few['alone']) == (distilled['difference'], distilled['difference_ci95'])
+    assert paired(distilled, few['alone'], 'accuracy') == (distilled['difference'], distilled['difference_ci95'])
 
 
 def test_rows_are_paired_by_seed_wherever_they_come_from():
     def row(**found): return {'runs': [{'seed': int(s[1:]), 'accuracy': a} for s, a in found.items()]}
-    assert paired(row(s0=0.5, s1=0.9), row(s1=0.8, s0=0.4))[1] == pytest.approx([0.1, 0.1])
+    assert paired(row(s0=0.5, s1=0.9), row(s1=0.8, s0=0.4), 'accuracy')[1] == pytest.approx([0.1, 0.1])
     with pytest.raises(ValueError, match=r'same seeds for every contender.*\[1\]'):
-        paired(row(s0=0.5, s1=0.9), row(s0=0.4))
+        paired(row(s0=0.5, s1=0.9), row(s0=0.4), 'accuracy')
 
 
 def test_intervals_are_printed_by_their_ends(finished):
     rows = json.loads((finished/'result.json').read_text())['rows']
-    shown, page = result_table(rows), (finished/'report.html').read_text()
+    shown, page = result_table(rows, ACCURACY), (finished/'report.html').read_text()
     for r, cells in zip(rows, shown.rows):
         cell = f"{100 * r['accuracy']:.2f} [{100 * r['ci95'][0]:.2f}, {100 * r['ci95'][1]:.2f}]"
         assert cells[shown.head.index('accuracy % [95 %]')] == cell and cell in page
@@ -108,7 +110,7 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
         if not file.name.endswith('.json'): continue
         old = json.loads(file.read_text())
         new = stored_result(old['name'])
-        assert {k: v for k, v in new.items() if k != 'rows'} == {k: v for k, v in old.items() if k != 'rows'}
+        assert new == {'measure': ACCURACY} | old | {'rows': new['rows']}
         for was, row in zip(old['rows'], new['rows'], strict=True):
             if 'accuracies' in was:
                 assert [r['accuracy'] for r in row['runs']] == was['accuracies']
@@ -127,7 +129,7 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
 
 
 def test_a_share_near_one_is_not_said_to_be_known_better_than_it_is():
-    shown = result_table(stored_result('digits')['rows'])
+    shown = result_table(stored_result('digits')['rows'], ACCURACY)
     assert shown.rows[0][shown.head.index('accuracy % [95 %]')] == '99.44 [97.99, 99.85]'  # Wald: 98.67 to 100.21
 
 
@@ -556,4 +558,17 @@ def test_the_command_line_makes_the_run_again():
 def test_verdicts_read_the_interval(ci, said):
     row = {'setting': 'few_labels', 'model': 'distilled', 'method': 'kd', 'difference': 0.01, 'difference_ci95': ci,
            'chosen': {'temperature': 4., 'alpha': 0.9}}
-    assert said in verdicts([row])[0]
+    assert said in verdicts([row], ACCURACY)[0]
+    other = {'helped': 'hurt', 'hurt': 'helped'}.get(said, said)
+    assert other in verdicts([row], Measure('bits_per_byte', higher=False))[0]
+
+
+def test_a_measure_that_is_no_share_is_shown_as_it_is():
+    bits = Measure('bits_per_byte', higher=False)
+    row = {'setting': 'all', 'model': 'student', 'parameters': 1, 'macs': 1, 'bytes': 1, 'latency_ms': 1.,
+           'bits_per_byte': 1.9, 'ci95': [1.8, 2.], 'agreement': 0.5}
+    other = row | {'model': 'distilled', 'difference': -0.05, 'difference_ci95': [-0.0612, -0.0388]}
+    shown = result_table([row | {'ci95': None}, other], bits)
+    cells = dict(zip(shown.head, zip(*shown.rows)))
+    assert cells['bits per byte [95 %]'] == ('1.900', '1.900 [1.800, 2.000]') and 'ECE %' not in cells
+    assert cells['difference [95 %]'] == ('', '-0.050 [-0.061, -0.039]') and 'gain [95 %]' not in cells

@@ -11,7 +11,7 @@ from torch import nn
 
 from distill_nb import data_free, run
 from distill_nb.files import read_weights, save_weights
-from distill_nb.data import digits
+from distill_nb.data import ImageData, digits
 from distill_nb.training import Recipe, Supervised, evaluate, fit
 from distill_nb.compare import share_interval
 from distill_nb.zoo import build_model, load_weights
@@ -57,8 +57,8 @@ def test_a_run_reads_no_data_and_leaves_what_it_promises(blind):
     files = {'recipe.json', 'result.json', 'student.safetensors', 'images.png', 'curves.png', 'work'}
     assert {p.name for p in blind.iterdir()} == files
     result = json.loads((blind/'result.json').read_text())
-    assert set(head_of('', '', '', torch.device('cpu'), 1)) | {'seconds', 'resumed', 'rows'} == set(result)
-    assert result['data'] == 'none: images of 1x8x8, 10 classes'
+    assert set(head_of('', '', '', torch.device('cpu'), 1)) | {'measure', 'seconds', 'resumed', 'rows'} == set(result)
+    assert result['data'] == 'none: images of 1x8x8, 10 classes' and result['measure'] is None
     taught, student = result['rows']
     assert taught['agreement_generated'] == 1 and 0 <= student['agreement_generated'] <= 1 and student['steps'] == 30
     assert set(student['runs'][0]) == {'seed', 'seconds', 'agreement_generated'}
@@ -76,7 +76,7 @@ def test_data_measure_the_student_and_teach_it_nothing(blind, teacher, tmp_path,
     assert row['accuracy'] == evaluate(student, digits().test).accuracy
     assert f"{100 * row['accuracy']:.2f} % on the test split" in said
     assert [p['step'] for p in row['curve']] == list(range(1, 31)) and 'gain' not in said
-    measures = ('seconds', 'accuracy', 'ece', 'agreement', 'agreement_generated')
+    measures = ('seconds', 'accuracy', 'loss', 'ece', 'agreement', 'agreement_generated')
     assert row['runs'] == [{'seed': 0} | {k: row[k] for k in measures}]
     assert row['ci95'] == share_interval(round(359 * row['accuracy']), 359)
     assert f"[{100 * row['ci95'][0]:.2f}, {100 * row['ci95'][1]:.2f}]" in said
@@ -148,7 +148,8 @@ def test_a_table_has_no_empty_column():
     row = {'setting': 'data_free', 'model': 'student', 'parameters': 1, 'macs': 1, 'bytes': 1, 'latency_ms': 1.,
            'accuracy': 0.5, 'ci95': [0.4, 0.6], 'agreement': 0.5, 'ece': 0.1}
     compared = row | {'difference': 0.1, 'difference_ci95': None}
-    assert 'gain [95 %]' not in result_table([row]).head and 'gain [95 %]' in result_table([row, compared]).head
+    def head(*rows): return result_table(rows, ImageData.measures[0]).head
+    assert 'gain [95 %]' not in head(row) and 'gain [95 %]' in head(row, compared)
 
 
 @pytest.mark.parametrize('argv,said', [

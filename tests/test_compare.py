@@ -1,5 +1,5 @@
 """Comparing: intervals, paired runs, contenders, choices, tables."""
-import copy, math, subprocess, sys, warnings
+import copy, math, subprocess, sys, warnings, weakref
 from dataclasses import replace
 from functools import partial
 
@@ -9,14 +9,14 @@ from scipy import stats
 from torch import nn
 
 from distill_nb.files import fingerprint
-from distill_nb.data import ImageData
-from distill_nb.training import DivergedError, Recipe, Supervised
+from distill_nb.data import ImageData, Measure
+from distill_nb.training import DivergedError, Recipe, Supervised, evaluate
 from distill_nb.compare import (Comparison, Contender, agreement, choose, compare, interval, paired, share_interval,
                                 table)
 from distill_nb.logits import Distill
 from distill_nb.report import stored_result
 
-from small import RECIPE, images, net, trained
+from small import RECIPE, Texts, bigram, images, net, trained
 
 
 @pytest.fixture(scope='module')
@@ -33,6 +33,14 @@ def test_the_interval_is_students(values):
     assert interval([0.5]) == (0.5, None)
 
 
+@pytest.mark.parametrize('value', [0., 0.3, 0.94, 1., 1 / 3])
+@pytest.mark.parametrize('n', [2, 3, 5, 7])
+def test_equal_values_have_an_interval_without_width(value, n):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert interval([value] * n) == (value, [value, value])
+
+
 @pytest.mark.parametrize('shapes', [((4, 3), (1, 3)), ((4, 3), (4, 2)), ((0, 3), (0, 3)), ((4, 1), (4, 1)),
                                     ((4,), (4,))])
 def test_agreement_refuses_what_would_be_broadcast(shapes):
@@ -43,6 +51,17 @@ def test_agreement_refuses_what_would_be_broadcast(shapes):
 def test_agreement_counts_equal_choices():
     student, teacher = [[1., 0], [0, 1], [1, 0], [0, 1]], [[2., 0], [3, 1], [9, 0], [1, 0]]
     assert agreement(torch.tensor(student), torch.tensor(teacher)) == 0.5
+
+
+def test_agreement_counts_the_places_that_are_there():
+    student, teacher = torch.randn(5, 7, 3), torch.randn(5, 7, 3)
+    weight = (torch.arange(7) < torch.tensor([7, 1, 3, 2, 5])[:, None]) * 0.5
+    places = [(i, j) for i in range(5) for j in range(7)]
+    same = {at: student[at].argmax() == teacher[at].argmax() for at in places}
+    there = [at for at in places if weight[at] > 0]
+    assert len(there) == 18 and agreement(student, student, weight) == 1
+    assert agreement(student, teacher) == pytest.approx(sum(same.values()).item() / 35)
+    assert agreement(student, teacher, weight) == pytest.approx(sum(same[at] for at in there).item() / 18)
 
 
 @pytest.mark.parametrize('right,n', [(0, 1), (1, 1), (0, 359), (359, 359), (357, 359), (4235, 5000), (1, 3)])
@@ -61,6 +80,9 @@ def test_the_interval_of_a_share_holds_it_nearly_as_often_as_it_says(p):
     assert 0.92 < held < 0.99
 
 
+ACCURACY = Measure('accuracy', share=True)
+
+
 def runs_of(**values):
     return [{'model': m, 'seed': s, 'valid_accuracy': v} for m, found in values.items() for s, v in found.items()]
 
@@ -68,7 +90,7 @@ def runs_of(**values):
 def test_rows_pair_by_seed():
     runs = runs_of(alone={0: 0.1, 1: 0.5, 2: 0.9}, distilled={0: 0.2, 1: 0.6, 2: 1.0})
     runs = sorted((r | {'seconds': 1.} for r in runs), key=lambda r: r['seed'])
-    alone, distilled = Comparison(runs, 'alone').rows()
+    alone, distilled = Comparison(runs, 'alone', ACCURACY).rows()
     low, high = alone['ci95']
     assert 'difference' not in alone and high - low > 1
     assert alone['valid_accuracy'] == pytest.approx(0.5) == (low + high) / 2
@@ -76,7 +98,7 @@ def test_rows_pair_by_seed():
 
 
 def test_runs_are_paired_by_their_seeds_in_whatever_order_they_stand():
-    found = Comparison(runs_of(a={0: 0.1, 1: 0.5, 2: 0.9}, b={2: 1.0, 0: 0.2, 1: 0.6}), 'a')
+    found = Comparison(runs_of(a={0: 0.1, 1: 0.5, 2: 0.9}, b={2: 1.0, 0: 0.2, 1: 0.6}), 'a', ACCURACY)
     assert found.values('b', 'valid_accuracy') == [0.2, 0.6, 1.0] and found.seeds == [0, 1, 2]
     assert found.rows()[1]['difference_ci95'] == pytest.approx([0.1, 0.1])
     lines = [line.get_ydata().tolist() for line in found.plot().axes[0].lines]
@@ -93,16 +115,16 @@ def test_runs_are_paired_by_their_seeds_in_whatever_order_they_stand():
      r"'b' has no 'valid_accuracy' for the seeds \[1\]")])
 def test_runs_that_can_not_be_paired_are_refused(runs, baseline, said):
     for summary in (Comparison.rows, Comparison.plot):
-        with pytest.raises(ValueError, match=said): summary(Comparison(runs, baseline))
+        with pytest.raises(ValueError, match=said): summary(Comparison(runs, baseline, ACCURACY))
 
 
 def test_a_column_has_the_name_of_its_measure():
     runs = [r | {'accuracy': r['valid_accuracy'] + 0.05, 'deepest': 0.7} for r in runs_of(a={0: 0.1, 1: 0.3})]
-    found = Comparison(runs, 'a')
+    found = Comparison(runs, 'a', ACCURACY)
     for measure, mean in (('valid_accuracy', 0.2), ('accuracy', 0.25), ('deepest', 0.7)):
         row, = found.rows(measure)
         assert row[measure] == pytest.approx(mean) and set(row) == {'model', measure, 'ci95'}
-    assert 'accuracy' in found.rows()[0] and 'accuracy' not in Comparison(runs_of(a={0: 0.1}), 'a').rows()[0]
+    assert 'accuracy' in found.rows()[0] and 'accuracy' not in Comparison(runs_of(a={0: 0.1}), 'a', ACCURACY).rows()[0]
     assert found.plot(measure='deepest').axes[0].get_ylabel() == 'deepest'
     with pytest.raises(ValueError, match="'a' has no 'top5'"): found.rows('top5')
 
@@ -165,7 +187,7 @@ def test_contenders_start_alike_take_the_same_steps_and_read_the_test_split_once
             Once.reads += 1
             return super().batches(*args)
     d = images(seed=2)
-    test = Once(d.x, d.y, d.classes, d.mean, d.std)
+    test = Once(d.x, d.y, d.classes, mean=d.mean, std=d.std)
     few, all_images = images().subset(range(30)), images()
     ways = {'alone': Contender(watch('alone'), few), 'distilled': Contender(watch('distilled'), all_images)}
     recipe = Recipe(epochs=1, batch_size=16, precision='float32')
@@ -177,6 +199,56 @@ def test_contenders_start_alike_take_the_same_steps_and_read_the_test_split_once
     rows = found.rows()
     assert {'accuracy', 'ci95', 'agreement', 'ece', 'seconds'} <= set(rows[0]) and found.plot() is not None
     assert all({'seed', 'valid_accuracy', 'accuracy', 'agreement', 'ece', 'seconds'} <= set(r) for r in found.runs)
+
+
+def test_the_random_numbers_of_the_caller_are_as_they_were():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    way = {'a': Contender(Supervised, images())}
+    compare(net, way, RECIPE, images(seed=1), seeds=2)
+    choose(net, way, RECIPE, images(seed=1), seeds=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Streamed(Texts):
+    "Texts whose measure looks whether early logits are gone when later ones come."
+    def measure(self, answers):
+        seen = []
+        def watched():
+            for logits, batch in answers:
+                seen.append(weakref.ref(logits))
+                yield logits, batch
+                assert all(logits() is None for logits in seen[:-2]), 'the logits of all batches are in memory'
+        found = super().measure(watched())
+        assert len(seen) > 2
+        return found
+
+
+def test_texts_are_compared_by_their_own_measure():
+    torch.manual_seed(0)
+    teacher, valid, test = bigram(), Texts(40, 1), Streamed(1200, 2)
+    nn.init.eye_(teacher.weight)
+    made = {rate: Contender(Supervised, Texts(), replace(RECIPE, lr=rate)) for rate in (1e-6, 0.3, 0.1)}
+    found = compare(bigram, made, RECIPE, valid, test, teacher, seeds=2)
+    names = {'valid_bits_per_letter', 'bits_per_letter', 'accuracy', 'agreement'}
+    assert all(set(r) == {'model', 'seed', 'seconds'} | names for r in found.runs)
+    assert found.primary == valid.measures[0] and found.measure == 'bits_per_letter'
+    for name, (value, student) in found.students.items():
+        assert value == min(found.values(name, 'valid_bits_per_letter')) == evaluate(student, valid).bits_per_letter
+    _, student = found.students[0.3]
+    whole = [model(test.get(torch.arange(1200)).x) for model in (student, teacher)]
+    assert agreement(*whole, test.weight) in found.values(0.3, 'agreement')
+    assert set(found.rows()[0]) == {'model', 'bits_per_letter', 'ci95', 'accuracy', 'agreement', 'seconds'}
+    best, rows = choose(bigram, made, RECIPE, valid, seeds=1)
+    assert best == min(rows, key=lambda rate: rows[rate]['valid_bits_per_letter']) == 0.3
+    axes = [found.plot(measure=m).axes[0].get_ylabel() for m in (None, 'valid_bits_per_letter')]
+    assert axes == ['test bits per letter', 'validation bits per letter']
+
+
+def test_data_without_a_measure_are_refused():
+    class Silent(Texts): measures = ()
+    with pytest.raises(ValueError, match='measures of valid must be at least one Measure'):
+        compare(bigram, {'a': Contender(Supervised, Texts())}, RECIPE, Silent())
 
 
 def test_an_interrupted_comparison_continues(teacher, tmp_path):
@@ -313,4 +385,4 @@ def test_a_table_needs_no_ipython():
 def test_rows_of_results_of_different_age_are_paired():
     stored = lambda name: next(r for r in stored_result(name)['rows'] if r['model'] == 'kd')
     old, new = stored('methods_digits'), stored('dist_digits')
-    assert paired(new, old)[0] == pytest.approx(-paired(old, new)[0])
+    assert paired(new, old, 'accuracy')[0] == pytest.approx(-paired(old, new, 'accuracy')[0])

@@ -1,13 +1,16 @@
 """Data: views, resizing, normalisation, splits, fingerprints, errors."""
-import math, os, subprocess, sys
+import copy, math, os, subprocess, sys
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from hypothesis import given, settings, strategies as st
 from torchvision import transforms
 from distill_nb.losses import UNLABELLED
-from distill_nb.data import (Batch, CropFlip, ImageData, ResizedCrop, _resize_weights, channel_stats, count_values,
-                             digits, epoch_order, few_labels, mix, resize, stratified)
+from distill_nb.data import (Batch, CropFlip, Data, ImageData, Measure, Measured, ResizedCrop, Sight, _resize_weights,
+                             calibration_error, channel_stats, count_values, digits, epoch_order, few_labels, mix,
+                             resize, stratified)
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -77,7 +80,7 @@ def epoch(batch_size):
     for augment, size in ((CropFlip(2, flip=True), None), (CropFlip(2), 31), (ResizedCrop(10), None)):
         d = ImageData(x, torch.arange(60) % 3, 'abc', augment=augment, size=size)
         rows = [d.get(i, d.view_of(3, 4, i)) for i in epoch_order(60, 3, 4).split(batch_size)]
-        for field in zip(*rows): h.update(torch.cat(field).numpy().tobytes())
+        for field in zip(*(r[:4] for r in rows)): h.update(torch.cat(field).numpy().tobytes())
     return h.hexdigest()
 '''
 
@@ -252,7 +255,7 @@ def test_batches_and_stream():
     assert all((b.view == 0).all() for b in found)
     plan = [(i, d.view_of(1, 2, i)) for i in epoch_order(60, 0, 0).split(16)]
     for b, (index, view) in zip(d.stream(iter(plan)), plan, strict=True):
-        assert all(torch.equal(a, c) for a, c in zip(b, d.get(index, view)))
+        assert all(torch.equal(a, c) for a, c in zip(b[:4], d.get(index, view)))
 
 
 def test_copies_share_pixels_and_leave_the_original_alone():
@@ -388,3 +391,127 @@ def test_few_labels():
         with pytest.raises(ValueError, match='n must be from 10 to 1069'): few_labels(train, n)
     rare = ImageData(images(100), torch.tensor([0]*50 + [1]*48 + [2]*2), 'abc')
     with pytest.raises(ValueError, match="with 3 labels 'c' gets none"): few_labels(rare, 3)
+
+
+# --- what training asks of a data set ---
+
+class Numbers(Data):
+    "As little as a data set can be."
+    device, x = torch.device('cpu'), torch.linspace(0, 1, 7)
+    def __len__(self): return 7
+    def get(self, index, view=None): return Batch(self.x[index], (self.x[index] > 0.5).long(), index, view)
+
+
+def test_a_data_set_of_ones_own_has_answers_to_all_other_questions():
+    d = Numbers()
+    assert torch.equal(torch.cat([b.x for b in d.batches(3)]), d.x) and [len(b.x) for b in d.batches(3)] == [3, 3, 1]
+    index = torch.tensor([4, 0])
+    assert torch.equal(d.view_of(3, 5, index), torch.zeros(2, dtype=torch.long))
+    assert torch.equal(d.view_number(index, d.view_at(index, index)), index)
+    assert d.labelled.all() and d.labelled.shape == (7,) and d.chance is None and d.measures == ()
+    assert d.seen() is d and d.seen(mean=None, std=None, size=None) is d
+    with pytest.raises(ValueError, match='a Numbers gives its items in one form, but a network wants its own size'):
+        d.seen(size=3, mean=None)
+    assert next(d.stream([(index, index)])).weight is None
+
+
+def test_what_a_data_set_lacks_is_named():
+    for name in ('fingerprint', 'to', 'subset', 'measure', 'classes'):
+        said = f"a data set needs '{name}', which Numbers lacks"
+        with pytest.raises(AttributeError, match=said): getattr(Numbers(), name)
+    assert copy.deepcopy(Numbers()).n_views == 1 and not hasattr(Numbers(), 'x_y')
+
+
+def test_more_views_are_handed_out_by_the_hash():
+    class Many(Numbers): n_views = 5
+    index = torch.arange(7)
+    views = torch.stack([Many().view_of(1, e, index) for e in range(40)])
+    assert set(views.flatten().tolist()) == set(range(5))
+    assert torch.equal(views, torch.stack([mix(1, e, index) % 5 for e in range(40)]))
+
+
+def test_a_measure_knows_which_way_is_better():
+    assert max([1., 3., 2.], key=Measure('accuracy').key) == 3
+    assert max([1., 3., 2.], key=Measure('loss', higher=False).key) == 1
+    m = Measured(accuracy=0.5, loss=1/3)
+    assert m.loss == m['loss'] and list(m) == ['accuracy', 'loss'] and repr(m) == 'Measured(accuracy=0.5, loss=0.3333)'
+    with pytest.raises(AttributeError, match="'ece' was not measured; there is accuracy, loss"): m.ece
+
+
+@quick
+@given(st.integers(2, 80), st.integers(1, 90), st.integers(0, 10**6))
+def test_what_is_measured_does_not_depend_on_the_batches(n, size, seed):
+    g = torch.Generator().manual_seed(seed)
+    d, logits = dataset(max(n, 3)), 3 * torch.randn(max(n, 3), 3, generator=g)
+    answers = ((logits[b.index], b) for b in d.batches(size))
+    found = d.measure(answers)
+    assert list(found) == [m.name for m in d.measures] == ['accuracy', 'loss', 'ece']
+    assert found['accuracy'] == (logits.argmax(1) == d.y).double().mean().item()
+    assert found['loss'] == pytest.approx(F.cross_entropy(logits, d.y).item(), rel=1e-5)
+    assert found['ece'] == pytest.approx(calibration_error(logits, d.y), abs=1e-12)
+
+
+def test_labels_and_chance_are_counted():
+    d = dataset(9).unlabelled([0, 3, 4])  # classes 0, 0 and 1
+    assert d.labelled.nonzero()[:, 0].tolist() == [0, 3, 4]
+    assert d.chance.tolist() == pytest.approx([2/3, 1/3, 0])
+
+
+def test_a_network_that_wants_another_form_gets_it_from_the_stored_pixels():
+    d = dataset(side=16)
+    assert d.seen(mean=d.mean, std=tuple(d.std), size=16) is d
+    for data in (d, d.replace(size=5), d.replace(augment=ResizedCrop(4)), d.replace(views=3)):
+        theirs = data.seen(mean=[0.1]*3, std=[2.]*3, size=9)
+        augment = ResizedCrop(9) if isinstance(data.augment, ResizedCrop) else data.augment
+        same = d.replace(mean=[0.1]*3, std=[2.]*3, size=9, augment=augment)
+        index = torch.arange(60)
+        view = data.view_of(0, 1, index)
+        assert theirs.x is d.x and theirs.get(index, view).x.shape == (60, 3, 9, 9)
+        assert torch.equal(theirs.get(index, view).x, same.get(index, view).x)
+        assert theirs.n_views == data.n_views and torch.equal(theirs.view_of(0, 1, index), view)
+        assert theirs.fingerprint(labels=False) == same.fingerprint(labels=False)
+
+
+def test_a_picture_of_ones_own_is_recast():
+    d = dataset()
+    theirs, x = d.seen(mean=[0.1]*3, std=[2.]*3), d.get(torch.arange(60)).x
+    torch.testing.assert_close(d.recast(x, theirs), theirs.get(torch.arange(60)).x, rtol=1e-4, atol=1e-5)
+    assert d.recast(x, d.seen(size=5)).shape == (60, 3, 5, 5)
+
+
+def test_a_sight_is_a_value():
+    assert Sight(augment=ResizedCrop(8)).wanting(size=4) == Sight(augment=ResizedCrop(4), size=4)
+    assert Sight(size=8).wanting() == Sight(size=8)
+    said = 'replace can change mean, std, augment, size, views, name, but was given colour'
+    with pytest.raises(ValueError, match=said): dataset().replace(colour=3)
+    with pytest.raises(TypeError, match='colour'): ImageData(images(), torch.arange(60) % 3, 'abc', colour=3)
+
+
+# --- calibration ---
+
+@pytest.mark.parametrize('shapes', [((4, 3), (4, 1)), ((4, 3), (3,)), ((4, 3), ()), ((0, 3), (0,)), ((4, 1), (4,))])
+def test_calibration_error_refuses_what_would_be_broadcast(shapes):
+    logits, labels = map(torch.zeros, shapes)
+    with pytest.raises(ValueError, match='labels must be of the shape|at least 1 row'):
+        calibration_error(logits, labels.long())
+
+
+def slow_calibration_error(logits, labels, bins):
+    "Guo et al. 2017, eq. 3, bin by bin in numpy."
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    confidence, right, total = p.max(1), p.argmax(1) == labels, 0.
+    for b in range(bins):
+        inside = (confidence >= b / bins) & ((confidence < (b + 1) / bins) if b < bins - 1 else True)
+        if inside.any(): total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return total
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 10**6))
+def test_calibration_error_is_the_papers(n, classes, bins, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(n, classes, generator=g, dtype=torch.float64)
+    labels = torch.randint(classes, (n,), generator=g)
+    expected = slow_calibration_error(logits.numpy(), labels.numpy(), bins)
+    assert calibration_error(logits, labels, bins) == pytest.approx(expected, abs=1e-9)

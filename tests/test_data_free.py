@@ -9,17 +9,19 @@ from torch import nn
 
 from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED, kd_loss
-from distill_nb.data import CropFlip, ImageData
+from distill_nb.data import CropFlip, Data, ImageData
 from distill_nb.models import resnet20, resnet8
-from distill_nb.training import Frozen, Objective, Recipe, fit, read_checkpoint
-from distill_nb.data_free import (DataFree, DeepInversion, Distilled, Generator, GlassTeacher, Noise, Pictures,
-                                  PixelRange, _as_constant, _channels, _joined, bn_layers, competition, dafl_losses,
-                                  distill_without_data, invert, statistics_distance, total_variation)
+from distill_nb.training import Checkpoint, Objective, Recipe, Setup, Supervised, Teacher, evaluate, fit, predict
+from distill_nb.data_free import (DataFree, DeepInversion, Distilled, Generator, GeneratorWeights, GlassTeacher,
+                                  InversionWeights, Noise, Pictures, PixelRange, _as_constant, _channels, _joined,
+                                  bn_layers, competition, dafl_losses, distill_without_data, invert,
+                                  statistics_distance, total_variation)
 
 CLASSES, SIDE = 3, 4
 RECIPE = Recipe(steps=12, batch_size=8, optimizer='adamw', lr=0.01, weight_decay=0.01, precision='float32')
 PIXELS = Recipe(steps=8, optimizer='adam', lr=0.1, weight_decay=0.)
 QUICK = dict(progress=False, device='cpu')
+SETUP = Setup(**QUICK)
 
 
 def images(n=60, seed=0, classes=CLASSES):
@@ -36,6 +38,14 @@ def net(outputs=CLASSES, width=6, seed=0, norm=True, channels=1):
     return nn.Sequential(conv, *bn, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), head)
 
 
+class Twice(nn.Module):
+    def forward(self, x): return x, x
+
+
+class Nothing(nn.Module):
+    def forward(self, x): return {1, 2}
+
+
 @pytest.fixture
 def teacher():
     "A teacher whose running statistics are not those of a new layer."
@@ -49,6 +59,9 @@ def made(teacher, seed=0, **settings):
     student = net(seed=seed + 1)
     torch.manual_seed(seed)
     return DataFree(student, teacher, Generator(SIDE, noise=5, width=4), **{'memory': 64, 'replay': 16} | settings)
+
+
+def sized(model, **clauses): return Teacher(model, **{'size': SIDE} | clauses)
 
 
 def noise(n=96, seed=0): return Noise(n, 5, CLASSES, seed)
@@ -162,19 +175,66 @@ def test_the_balance_is_best_where_classes_are_used_alike():
 
 # --- the glass teacher
 
-def test_gradients_pass_through_glass_and_leave_nothing(teacher):
+@pytest.mark.parametrize('training', [False, True])
+def test_gradients_pass_through_glass_and_leave_nothing(teacher, training):
+    teacher[0].weight.grad = torch.ones_like(teacher[0].weight)  # of a training that was interrupted
     before = fingerprint(teacher.state_dict())
     glass = GlassTeacher(teacher)
     glass.train()
-    teacher.train()
+    teacher.train(training)
+    teacher[1].eval()
+    modes = [m.training for m in teacher.modules()]
     x = torch.randn(5, 1, SIDE, SIDE, requires_grad=True)
     look = glass.look(x)
     (look.distance + look.logits.square().sum() + look.features.sum()).backward()
-    assert x.grad.abs().sum() > 0 and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert fingerprint(teacher.state_dict()) == before and not any(m.training for m in teacher.modules())
+    assert x.grad.abs().sum() > 0 and all(p.requires_grad for p in teacher.parameters())
+    assert (teacher[0].weight.grad == 1).all() and all(p.grad is None for p in list(teacher.parameters())[1:])
+    assert fingerprint(teacher.state_dict()) == before and [m.training for m in teacher.modules()] == modes
     assert not any(m._forward_pre_hooks for m in teacher.modules())
     assert not list(glass.parameters()) and not glass.state_dict()
-    assert torch.equal(look.logits, teacher(x)) and look.features.shape == (5, 32)
+    assert torch.equal(look.logits, teacher.eval()(x)) and look.features.shape == (5, 32)
+
+
+def test_glass_is_as_the_teacher_behind_it(teacher):
+    x, clauses = torch.randn(5, 1, SIDE, SIDE), dict(classes=['x', 'y', 'z'], mean=[0.5], std=[0.2], size=SIDE)
+    plain = Teacher(teacher, **clauses)
+    assert GlassTeacher(plain).fingerprint() == plain.fingerprint() != GlassTeacher(teacher).fingerprint()
+    for t in (Teacher(nn.Sequential(teacher, nn.Softmax(1)), outputs='probabilities'),
+              Teacher(nn.Sequential(teacher, Twice()), read=lambda out: -out[1]), plain):
+        assert torch.allclose(GlassTeacher(t).look(x).logits, t.answers(x)) and GlassTeacher(t).look(x).distance > 0
+    half = copy.deepcopy(teacher).bfloat16()
+    assert torch.equal(GlassTeacher(half).look(x).logits, Teacher(half).answers(x).float())
+
+
+def test_hooks_of_the_teachers_owner_fire_behind_glass(teacher):
+    heard = []
+    teacher[2].register_forward_hook(lambda module, args, out: heard.append(out))
+    GlassTeacher(teacher).look(torch.randn(2, 1, SIDE, SIDE))
+    assert len(heard) == 1 and heard[0].shape == (2, 8, SIDE, SIDE)
+
+
+def test_nothing_is_changed_in_what_an_objective_is_given(teacher):
+    student, labels = net(seed=3).train(), torch.arange(6) % CLASSES
+    teacher.train()
+    teacher[0].weight.requires_grad_(False)
+    state = lambda: [(fingerprint(m.state_dict()), [part.training for part in m.modules()],
+                      [(p.requires_grad, p.grad) for p in m.parameters()]) for m in (teacher, student)]
+    before = state()
+    o = DeepInversion(sized(teacher), labels, student, compete=1.)
+    sum(o(Noise(6, 1, CLASSES).get(torch.arange(6))).values()).backward()
+    torch.manual_seed(0)
+    DataFree(student, teacher, Generator(SIDE, noise=5, width=4), memory=64, replay=16)
+    assert state() == before
+
+
+@pytest.mark.parametrize('method', ['generator', 'inversion'])
+def test_a_network_that_taught_can_be_trained_afterwards(teacher, method):
+    teacher.train()
+    run(method, teacher, None)
+    assert all(m.training for m in teacher.modules()) and all(p.requires_grad for p in teacher.parameters())
+    before = [p.clone() for p in teacher.parameters()]
+    fit(Supervised(teacher), images(), RECIPE, **QUICK)
+    assert all((p != q).any() for p, q in zip(teacher.parameters(), before))
 
 
 def test_hooks_are_gone_after_an_error(teacher):
@@ -202,20 +262,29 @@ def test_a_constant_student_gets_no_gradient_and_keeps_its_buffers():
 
 def test_noise_is_a_function_of_seed_index_and_view():
     a, i, v = noise(), torch.tensor([3, 90, 3]), torch.tensor([7, 1, 8])
-    assert a.get(i, v).x.shape == (3, 5, 1, 1) and (a.get(i, v).y == UNLABELLED).all()
+    assert a.get(i, v).x.shape == (3, 5) and (a.get(i, v).y == UNLABELLED).all()
     x = a.get(i, v).x
     assert torch.equal(x, noise().get(i, v).x) and torch.equal(a.get(i.flip(0), v.flip(0)).x, x.flip(0))
     assert not torch.equal(x[0], x[2]) and not torch.equal(noise(seed=1).get(i, v).x, x)
-    others = noise(seed=1), noise(97), Noise(96, 6, CLASSES)
-    assert len({n.fingerprint() for n in (noise(), *others)}) == 4
+    others = noise(seed=1), noise(97), Noise(96, 6, CLASSES), Noise(96, 5, ['x', 'y', 'z'])
+    assert len({n.fingerprint() for n in (noise(), *others)}) == 5
+    assert others[-1].fingerprint(labels=False) == noise().fingerprint(labels=False) != others[0].fingerprint(False)
     assert torch.equal(torch.cat([b.x for b in a.batches(10)]), a.get(torch.arange(96)).x)
 
 
 def test_noise_is_normal():
     from scipy.stats import kstest
-    x = Noise(4000, 5, CLASSES).get(torch.arange(4000)).x.flatten(1)
+    x = Noise(4000, 5, CLASSES).get(torch.arange(4000)).x
     assert kstest(x.flatten().numpy(), 'norm').pvalue > 0.01 and x.isfinite().all()
     assert (torch.corrcoef(x.T) - torch.eye(5)).abs().max() < 0.06
+
+
+def test_what_has_no_labels_is_a_data_set(teacher):
+    pictures = Pictures(torch.zeros(4, 1, SIDE, SIDE), list('xyz'))
+    for data, names in ((noise(), ['0', '1', '2']), (pictures, list('xyz'))):
+        assert isinstance(data, Data) and not isinstance(data, ImageData) and data.measures == ()
+        assert data.labelled.shape == (len(data),) and not data.labelled.any() and data.classes == names
+        with pytest.raises(ValueError, match='must have a label for every item'): evaluate(teacher, data)
 
 
 def test_every_epoch_has_new_noise():
@@ -229,16 +298,16 @@ def test_every_epoch_has_new_noise():
 def test_inversion_brings_the_statistics_nearer_and_leaves_the_teacher(teacher):
     before = fingerprint(teacher.state_dict())
     recipe = Recipe(steps=60, optimizer='adam', lr=0.2, weight_decay=0., precision='float32')
-    x, history = invert(teacher, torch.arange(24) % CLASSES, SIDE, recipe, **QUICK)
+    x, history = invert(sized(teacher), torch.arange(24) % CLASSES, recipe, setup=SETUP)
     falls = history.losses['statistics']
     assert falls[-1] < 0.5 * falls[0] and x.shape == (24, 1, SIDE, SIDE) and not x.requires_grad
-    assert fingerprint(teacher.state_dict()) == before and not any(m.training for m in teacher.modules())
+    assert fingerprint(teacher.state_dict()) == before
 
 
 def test_the_parts_of_inversion_are_the_equation(teacher):
     student, labels = net(seed=3), torch.arange(6) % CLASSES
     weights = dict(onehot=2., statistics=3., variation=5., norm=7., compete=11.)
-    o = DeepInversion(teacher, labels, SIDE, student=student, **weights)
+    o = DeepInversion(sized(teacher), labels, student, **weights)
     index = torch.tensor([4, 1, 0, 2])
     parts = o(Noise(6, 1, CLASSES).get(index))
     x = o.images()[index]
@@ -249,21 +318,25 @@ def test_the_parts_of_inversion_are_the_equation(teacher):
     expected = {'onehot': sum(sure) / 4, 'norm': sum(lengths) / 4, 'variation': total_variation(x).item(),
                 'statistics': distance.item(), 'compete': competition(student.eval()(x), logits).item()}
     for name, w in weights.items(): assert parts[name].item() == pytest.approx(w * expected[name], rel=1e-4), name
-    plain = DeepInversion(teacher, labels, SIDE)(Noise(6, 1, CLASSES).get(index))
+    plain = DeepInversion(sized(teacher), labels)(Noise(6, 1, CLASSES).get(index))
     assert list(plain) == ['onehot', 'statistics', 'variation', 'norm']
 
 
 def test_the_rival_is_a_copy(teacher):
     student = net(seed=3).train()
-    o = DeepInversion(teacher, torch.arange(6) % CLASSES, SIDE, student=student, compete=1.)
+    o = DeepInversion(sized(teacher), torch.arange(6) % CLASSES, student, compete=1.)
     o(Noise(6, 1, CLASSES).get(torch.arange(6)))['compete'].backward()
     assert student.training and all(p.requires_grad and p.grad is None for p in student.parameters())
     assert o.model.raw.grad.abs().sum() > 0
     assert [n for n, _ in o.named_parameters()] == ['model.raw']
+    competes = lambda: o(Noise(6, 1, CLASSES).get(torch.arange(6)))['compete']
+    before = competes()
+    with torch.no_grad(): student[-1].bias.add_(torch.tensor([3., 0., 0.]))
+    assert torch.equal(competes(), before)  # the student learns on; its rival stays
 
 
 def test_kept_images_do_not_change_with_the_next_step(teacher):
-    o = DeepInversion(teacher, torch.arange(6) % CLASSES, SIDE)
+    o = DeepInversion(sized(teacher), torch.arange(6) % CLASSES)
     kept = o.images()
     before = kept.clone()
     with torch.no_grad(): o.model.raw.add_(1)
@@ -326,7 +399,8 @@ def test_the_teacher_is_bitwise_unchanged_and_generator_and_student_train(teache
     fit(o, noise(), RECIPE, images(), **QUICK)
     after = [fingerprint(m.state_dict()) for m in (teacher, o.model, o.generator)]
     assert [a == b for a, b in zip(before, after)] == [True, False, False]
-    assert not any(m.training for m in teacher.modules())
+    assert all(m.training for m in teacher.modules())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
     assert all(p.requires_grad for p in o.model.parameters())
 
 
@@ -351,7 +425,6 @@ def test_nothing_is_remembered_in_eval_mode(teacher):
 
 
 def test_evaluation_knows_nothing_of_the_losses(teacher):
-    from distill_nb.training import evaluate
     o = made(teacher)
     row = fit(o, noise(), RECIPE, images(), **QUICK).last
     e = evaluate(o.model, images())
@@ -372,12 +445,12 @@ def test_a_batch_of_one_and_of_equal_noise_is_finite(teacher):
 
 # --- kill and resume
 
-def run(method, teacher, folder, resume=False, steps=30, **more):
+def run(method, teacher, folder, resume=False, steps=30, seed=0, **more):
     student = net(seed=5)
     settings = {'generator': dict(noise=5, width=4, memory=64, replay=16),
                 'inversion': dict(rounds=2, images=12, inversion=PIXELS)}[method]
-    recipe, kept = replace(RECIPE, steps=steps), dict(folder=folder, resume=resume)
-    result = distill_without_data(teacher, student, SIDE, method, recipe, **kept, **settings, **more, **QUICK)
+    recipe, setup = replace(RECIPE, steps=steps, seed=seed), replace(SETUP, folder=folder, resume=resume)
+    result = distill_without_data(sized(teacher), student, method, recipe, setup=setup, **settings, **more)
     return fingerprint(student.state_dict()), result
 
 
@@ -398,7 +471,7 @@ class Imitate(Objective):
     "The soft loss alone, and nothing around it."
     def __init__(self, student, teacher, temperature):
         super().__init__(student)
-        self.teacher, self.temperature = Frozen(teacher), temperature
+        self.teacher, self.temperature = teacher, temperature
 
     def forward(self, batch): return {'student': kd_loss(self.model(batch.x), self.teacher(batch), self.temperature)}
 
@@ -450,7 +523,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(teacher, tmp_path, monkeypatc
 
 def test_a_checkpoint_holds_generator_and_memory_and_knows_the_settings(teacher, tmp_path):
     fit(made(teacher), noise(), RECIPE, folder=tmp_path, **QUICK)
-    tensors, _ = read_checkpoint(tmp_path/'checkpoint.safetensors')
+    tensors, _ = Checkpoint(tmp_path).read()
     assert tensors['objective.count'] == 96 and 'objective.images' in tensors
     assert any(k.startswith('objective.generator.') for k in tensors)
     again = dict(recipe=RECIPE, folder=tmp_path, resume=True, **QUICK)
@@ -478,7 +551,7 @@ def test_the_validation_split_measures_and_teaches_nothing(teacher, method):
 def test_a_student_learns_without_data(teacher):
     student = net(seed=5)
     small = dict(noise=5, width=4, memory=256, replay=32)
-    made = distill_without_data(teacher, student, SIDE, recipe=replace(RECIPE, steps=80), **small, **QUICK)
+    made = distill_without_data(sized(teacher), student, recipe=replace(RECIPE, steps=80), setup=SETUP, **small)
     assert made.history.losses['student'][-1] < made.history.losses['student'][0]
 
 
@@ -490,10 +563,10 @@ def test_residual_networks_for_colour_images_in_bf16(method):
     teacher, student = resnet20(), resnet8()
     settings = {'generator': dict(noise=8, width=8, memory=32, replay=4),
                 'inversion': dict(rounds=1, images=4, inversion=replace(PIXELS, steps=2))}[method]
-    settings |= dict(mean=[0.5] * 3, std=[0.25] * 3)
+    judge = Teacher(teacher, size=32, mean=[0.5] * 3, std=[0.25] * 3)
     before = fingerprint(teacher.state_dict())
     recipe = Recipe(steps=2, batch_size=4, optimizer='adamw', lr=1e-3, precision='bfloat16')
-    r = distill_without_data(teacher, student, 32, method, recipe, **settings, **QUICK)
+    r = distill_without_data(judge, student, method, recipe, setup=SETUP, **settings)
     assert r.images.shape[1:] == (3, 32, 32) and r.images.dtype == torch.float32
     assert all(math.isfinite(v) for l in r.history.losses.values() for v in l)
     assert fingerprint(teacher.state_dict()) == before
@@ -527,7 +600,7 @@ def test_pieces_of_a_batch_work(teacher):
 def test_a_teacher_without_batch_norm_is_refused_or_taught_without(teacher):
     plain = net(norm=False)
     said = 'no batch-norm statistics.*statistics=0'
-    with pytest.raises(ValueError, match=said): DeepInversion(plain, torch.arange(3), SIDE)
+    with pytest.raises(ValueError, match=said): DeepInversion(sized(plain), torch.arange(3))
     for method in ('generator', 'inversion'):
         with pytest.raises(ValueError, match=said): run(method, plain, None)
         assert 'statistics' not in run(method, plain, None, statistics=0.)[1].history.losses
@@ -535,11 +608,11 @@ def test_a_teacher_without_batch_norm_is_refused_or_taught_without(teacher):
 
 @pytest.mark.parametrize('bad,message', [
     (dict(method='magic'), "method must be one of generator, inversion, but is 'magic'"),
-    (dict(size=0), 'size must be'), (dict(size=8.), 'size must be'),
-    (dict(channels=3), 'does not take images of shape'),
+    (dict(channels=3), 'does not take inputs of shape'), (dict(channels=0), 'channels must be'),
     (dict(temperature=0.), 'temperature'), (dict(method='inversion', temperature=0.), 'temperature'),
     (dict(balance=-1.), 'balance must be'), (dict(memory=0), 'memory must be'), (dict(replay=2.5), 'replay must be'),
-    (dict(adversarial=math.nan), 'adversarial must be'), (dict(mean=[0.5]), 'mean and std must be given together'),
+    (dict(adversarial=math.nan), 'adversarial must be'), (dict(folder='x'), 'the weights onehot.*were given folder'),
+    (dict(method='inversion', balance=1.), 'the weights onehot.*were given balance'),
     (dict(onehot=0., balance=0., statistics=0., adversarial=0.), 'at least one of'),
     (dict(method='inversion', rounds=0), 'rounds must be'), (dict(method='inversion', images=2.5), 'images must be')])
 def test_errors_come_before_training(teacher, bad, message, monkeypatch):
@@ -548,25 +621,28 @@ def test_errors_come_before_training(teacher, bad, message, monkeypatch):
     monkeypatch.setattr(data_free, 'fit', trains)
     student = net(seed=5)
     before = fingerprint(student.state_dict())
-    given = dict(teacher=teacher, student=student, size=SIDE, recipe=RECIPE)
-    with pytest.raises(ValueError, match=message): distill_without_data(**given | QUICK | bad)
+    given = dict(teacher=sized(teacher), student=student, recipe=RECIPE, setup=SETUP)
+    with pytest.raises(ValueError, match=message): distill_without_data(**given | bad)
     assert fingerprint(student.state_dict()) == before
 
 
 def test_wrong_models_and_data_are_refused(teacher):
     def distil(teacher, student, **more):
-        return distill_without_data(teacher, student, SIDE, recipe=RECIPE, **more, **QUICK)
+        return distill_without_data(sized(teacher), student, recipe=RECIPE, setup=SETUP, **more)
     differ = 'the student tells 5 classes apart, but the teacher 3'
     for way in (distil, run_inversion):
         with pytest.raises(ValueError, match=differ): way(teacher, net(5))
         with pytest.raises(ValueError, match='another module'): way(teacher, teacher)
     for data in (images(), Noise(9, 6, CLASSES)):
         with pytest.raises(ValueError, match='data must be Noise with dim=5'): fit(made(teacher), data, RECIPE, **QUICK)
-    with pytest.raises(ValueError, match='channels must be given'): _channels(nn.Linear(3, 3))
-    assert _channels(nn.Linear(3, 3), [0.1, 0.2, 0.3]) == 3 and _channels(teacher) == 1
+    with pytest.raises(ValueError, match='channels must be given'): _channels(Teacher(nn.Linear(3, 3)))
+    assert _channels(Teacher(nn.Linear(3, 3), mean=[0.1, 0.2, 0.3], std=[1.] * 3)) == 3
+    assert _channels(Teacher(teacher)) == 1 and _channels(Teacher(teacher), 2) == 2
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     headless = nn.Sequential(nn.Conv2d(1, CLASSES, 3), nn.BatchNorm2d(CLASSES), pool)
     with pytest.raises(ValueError, match='activation must be 0'): distil(headless, net(), activation=0.1)
+    with pytest.raises(ValueError, match="side of the generator's images must be 8, as the teacher says, but is 4"):
+        fit(made(sized(teacher, size=8)), noise(), RECIPE, **QUICK)
 
 
 def test_labels_that_are_none_of_the_teachers_are_refused(teacher):
@@ -574,41 +650,82 @@ def test_labels_that_are_none_of_the_teachers_are_refused(teacher):
     others = torch.tensor([0, 3]), torch.tensor([-1, 2])
     for wrong, said in ((no_labels, 'a tensor of integers'), (others, 'integers from 0 to 2')):
         for labels in wrong:
-            with pytest.raises(ValueError, match=f'labels must be {said}'): invert(teacher, labels, SIDE, **QUICK)
+            with pytest.raises(ValueError, match=f'labels must be {said}'): invert(sized(teacher), labels, setup=SETUP)
 
 
 @pytest.mark.parametrize('n,bad,valid,said', [(3, dict(compete=1.), None, 'student must be given'),
-                                              (3, dict(channels=2), None, 'does not take images of shape'),
+                                              (3, dict(channels=2), None, 'does not take inputs of shape'),
                                               (3, {}, images(), 'valid must be None'),
                                               (2, {}, None, 'one index for each of the 2 images')])
 def test_what_cannot_be_inverted_is_refused(teacher, n, bad, valid, said):
     with pytest.raises(ValueError, match=said):
-        fit(DeepInversion(teacher, torch.arange(n), SIDE, **bad), Noise(3, 1, CLASSES), RECIPE, valid, **QUICK)
-
-
-class Twice(nn.Module):
-    def forward(self, x): return x, x
+        fit(DeepInversion(sized(teacher), torch.arange(n), **bad), Noise(3, 1, CLASSES), RECIPE, valid, **QUICK)
 
 
 @pytest.mark.parametrize('last,said', [(nn.Identity(), 'what the teacher gives must be logits of shape'),
-                                       (Twice(), 'must map images to a tensor of logits, but gives a tuple')])
+                                       (Nothing(), 'the teacher gives a set, in which no logits were found')])
 def test_an_answer_that_is_no_logits_is_refused(last, said):
     odd = nn.Sequential(nn.Conv2d(1, CLASSES, SIDE), nn.BatchNorm2d(CLASSES), last)
-    with pytest.raises(ValueError, match=said): distill_without_data(odd, net(), SIDE, recipe=RECIPE, **QUICK)
+    with pytest.raises(ValueError, match=said):
+        distill_without_data(sized(odd), net(), recipe=RECIPE, setup=SETUP)
+    with pytest.raises(ValueError, match='the student must map inputs to a tensor of logits, but gives a tuple'):
+        distill_without_data(sized(net()), nn.Sequential(net(), Twice()), recipe=RECIPE, setup=SETUP)
 
 
-def test_a_teacher_is_not_frozen_by_an_objective_that_could_not_be_made():
+def test_a_teacher_that_does_not_say_how_large_its_images_are_is_refused(teacher):
+    said = r'teacher must say how large its images are.*Teacher\(model, size=32, mean=..., std=...\)'
+    for no_size in (teacher, Teacher(teacher), Teacher(teacher, mean=[0.5], std=[0.2])):
+        for ask in (lambda: distill_without_data(no_size, net()), lambda: invert(no_size, torch.arange(3)),
+                    lambda: DeepInversion(no_size, torch.arange(3))):
+            with pytest.raises(ValueError, match=said): ask()
+
+
+@pytest.mark.parametrize('method', ['generator', 'inversion'])
+def test_a_student_learns_what_its_teacher_means_and_is_measured_so(teacher, method):
+    "Images in the teacher's form, its classes by their names, and what it gives is turned into logits."
+    form = dict(mean=[0.4], std=[0.3], size=SIDE)
+    wants = Teacher(nn.Sequential(teacher, nn.Softmax(1)), list('abc'), outputs='probabilities', **form)
+    small = {'generator': dict(noise=5, width=4, memory=64, replay=16),
+             'inversion': dict(rounds=1, images=12, inversion=PIXELS)}[method]
+    other, student = images().replace(mean=[0.], std=[1.], size=2 * SIDE), net(seed=5)
+    made = distill_without_data(wants, student, method, RECIPE, other, setup=SETUP, **small)
+    low, high = (0 - 0.4) / 0.3, (1 - 0.4) / 0.3
+    assert low <= made.images.min() and made.images.max() <= high
+    assert made.history.last['valid_loss'] == evaluate(student, images().replace(**form)).loss
+    own = Pictures(made.images, list('abc'), [0.4], [0.3])
+    logits = teacher(made.images)
+    assert torch.allclose(predict(wants, own), logits.log_softmax(1).clamp(min=math.log(1e-12)), atol=1e-5)
+    with pytest.raises(ValueError, match='gives its items in one form, but a network wants its own mean, std'):
+        predict(wants, Pictures(made.images, list('abc')))
+    turned = Teacher(teacher, list('cba'), size=SIDE)
+    with pytest.raises(ValueError, match='the classes of valid must be those of the teacher in their order'):
+        distill_without_data(turned, net(), method, RECIPE, images(), setup=SETUP, **small)
+    with pytest.raises(ValueError, match="the teacher's classes must be 3 names"):
+        distill_without_data(sized(teacher, classes=list('ab')), net(), method, RECIPE, setup=SETUP, **small)
+
+
+@pytest.mark.parametrize('kind', [InversionWeights, GeneratorWeights])
+def test_weights_are_values_that_are_checked_when_they_are_made(kind):
+    names = list(vars(kind()))
+    for name in names:
+        for bad in (-1., math.nan, math.inf, '1'):
+            with pytest.raises(ValueError, match=f'{name} must be'): kind(**{name: bad})
+    with pytest.raises(ValueError, match='at least one of'): kind(**dict.fromkeys(names, 0.))
+    with pytest.raises(AttributeError): kind().onehot = 2.
+
+
+def test_an_objective_that_could_not_be_made_changes_nothing_either():
     fresh = net()
     for bad in (dict(compete=1.), dict(norm=-1.)):
-        with pytest.raises(ValueError): DeepInversion(fresh, torch.arange(3), SIDE, **bad)
+        with pytest.raises(ValueError): DeepInversion(sized(fresh), torch.arange(3), **bad)
     for bad in (dict(temperature=0.), dict(balance=-1.)):
         with pytest.raises(ValueError): made(fresh, **bad)
-    assert all(p.requires_grad for p in fresh.parameters())
+    assert all(p.requires_grad for p in fresh.parameters()) and fresh.training
 
 
 def run_inversion(teacher, student):
     settings = dict(rounds=1, images=6, inversion=Recipe(steps=2))
-    return distill_without_data(teacher, student, SIDE, 'inversion', RECIPE, **settings, **QUICK)
+    return distill_without_data(sized(teacher), student, 'inversion', RECIPE, setup=SETUP, **settings)
 
 
 def test_seconds_count_the_making_of_images(teacher, monkeypatch):
@@ -625,11 +742,11 @@ def test_joined_histories_go_on():
     from distill_nb.training import History
     def part():
         rows = [{'step': step, 'epoch': step / 2, 'seconds': step + 1., 'accuracy': 0.5} for step in (2, 4)]
-        return History(rows, {'soft': [1., 2., 3., 4.]}, 6.)
+        return History(rows, {'soft': [1., 2., 3., 4.]}, 6., measure=images().measures[0])
     whole = _joined([part(), part()])
     assert [r['step'] for r in whole.rows] == [2, 4, 6, 8] and [r['seconds'] for r in whole.rows] == [3, 5, 8, 10]
     assert [r['epoch'] for r in whole.rows] == [1, 2, 3, 4]
-    assert whole.seconds == 12 and len(whole.losses['soft']) == 8
+    assert whole.seconds == 12 and len(whole.losses['soft']) == 8 and whole.measure.name == 'accuracy'
 
 
 def test_pictures_are_a_data_set_without_labels():
@@ -638,6 +755,11 @@ def test_pictures_are_a_data_set_without_labels():
     batch = p.get(torch.tensor([3, 0]), torch.tensor([0, 0]))
     assert torch.equal(batch.x, x[[3, 0]]) and (p.y == UNLABELLED).all() and len(p) == 5
     assert p.to('cpu').fingerprint() == p.fingerprint() != Pictures(x + 1, CLASSES).fingerprint()
+    named = Pictures(x, list('xyz'))
+    assert named.fingerprint() != p.fingerprint() and named.fingerprint(labels=False) == p.fingerprint(labels=False)
+    colour = Pictures(torch.randn(5, 3, 4, 4), CLASSES)
+    for half, order in ((True, torch.channels_last), (False, torch.contiguous_format)):
+        assert colour.arranged(colour.get(torch.arange(2)), half).x.is_contiguous(memory_format=order)
 
 
 class HasUnused(nn.Module):
@@ -651,21 +773,22 @@ class HasUnused(nn.Module):
 
 def test_layers_that_the_forward_pass_does_not_reach_are_no_guides():
     def distil(layer, **more):
-        return distill_without_data(HasUnused(layer), HasUnused(nn.Identity()), SIDE, recipe=RECIPE, **more, **QUICK)
+        unused = HasUnused(nn.Identity())
+        return distill_without_data(sized(HasUnused(layer)), unused, recipe=RECIPE, setup=SETUP, **more)
     with pytest.raises(ValueError, match='no batch-norm statistics'): distil(nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match='no batch-norm statistics'):
-        invert(HasUnused(nn.BatchNorm2d(4)), torch.arange(3), SIDE, Recipe(steps=2))
+        invert(sized(HasUnused(nn.BatchNorm2d(4))), torch.arange(3), Recipe(steps=2))
     with pytest.raises(ValueError, match='activation must be 0'): distil(nn.Linear(4, 3), statistics=0., activation=0.1)
 
 
 @pytest.mark.parametrize('bad,message', [
     (dict(method='inversion', compete=-1.), 'compete must be'),
     (dict(method='inversion', compete=math.nan), 'compete must be'),
-    (dict(method='inversion', compete='1'), 'compete must be'), (dict(mean=[0.5], std=[0.]), 'std'),
-    (dict(mean=[math.nan], std=[0.2]), 'mean'), (dict(mean=[0.5], std=[-1.]), 'std'), (dict(noise=0), 'noise'),
-    (dict(spread=0.), 'spread')])
+    (dict(method='inversion', compete='1'), 'compete must be'), (dict(std=[0.]), 'std'),
+    (dict(mean=[math.nan]), 'mean'), (dict(std=[-1.]), 'std'), (dict(noise=0), 'noise'), (dict(spread=0.), 'spread')])
 def test_settings_that_could_never_work_are_refused(teacher, bad, message):
-    student = net()
-    before = fingerprint(student.state_dict())
-    with pytest.raises(ValueError, match=message): distill_without_data(teacher, student, SIDE, recipe=RECIPE, **bad)
+    clauses, student = {k: bad.get(k, [0.5]) for k in ('mean', 'std')}, net()
+    settings, before = {k: v for k, v in bad.items() if k not in clauses}, fingerprint(student.state_dict())
+    with pytest.raises(ValueError, match=message):
+        distill_without_data(sized(teacher, **clauses), student, recipe=RECIPE, **settings)
     assert fingerprint(student.state_dict()) == before

@@ -11,8 +11,8 @@ from distill_nb import folders as data_module, models as models_module
 from distill_nb.files import save_weights
 from distill_nb.data import ImageData, Splits, digits, few_labels
 from distill_nb.models import digit_student, digit_teacher, profile_model
-from distill_nb.training import (Frozen, Recipe, Supervised, best_precision, device_of, evaluate, fit, fit_device,
-                                 placed, predict)
+from distill_nb.training import (Recipe, Setup, Supervised, Teacher, best_precision, device_of, evaluate, fit,
+                                 fit_device, placed, predict)
 from distill_nb.compare import Contender, compare
 from distill_nb.logits import Distill, check_teacher
 from distill_nb.cache import _LOOK, CachedTeacher
@@ -74,7 +74,8 @@ def test_measuring_happens_where_the_model_is_and_answers_where_the_data_are(car
     expected = evaluate(teacher, taught[0].valid)
     assert predict(model, valid).device == data_on and evaluate(model, valid) == expected
     assert check_teacher(model, valid) == pytest.approx(expected.accuracy, abs=0.02)
-    check_teacher(Frozen(model), valid)
+    own = Teacher(model, mean=valid.mean, std=valid.std, size=8, classes=valid.classes[::-1])
+    assert predict(own, valid.replace(size=16)).device == data_on and check_teacher(Teacher(model), valid)
     x, layers = valid.get(torch.arange(8, device=data_on)).x, ['layer1', 'layer2']
     assert feature_shapes(model, x, layers) == {'layer1': (32, 8, 8), 'layer2': (64, 4, 4)}
     for other_on in (CPU, CARD):
@@ -123,7 +124,7 @@ def test_kept_answers_are_compared_on_the_card_and_no_row_is_taken_for_another(c
     cached.check(cached.data.to(CARD))
     stranger = batch._replace(index=torch.full_like(batch.index, -1))
     with pytest.raises(ValueError, match='gives index -1'): cached(batch._replace(x=batch.x.flip(0)))
-    expected = Frozen(teacher)
+    expected = Teacher(teacher)
     for b in (stranger, *[batch]*_LOOK, stranger):  # the first was seen
         assert torch.allclose(cached(b), expected(b), atol=1e-4)
     cached.check(cached.data.to(CARD))
@@ -140,6 +141,8 @@ def test_a_run_that_fails_gives_everything_back_too(card, taught):
     teacher, student = on(CPU, teacher), digit_student()
     too_fast = Recipe(steps=9, lr=1e30, warmup=0., precision='float32')
     with pytest.raises(ValueError, match='became'): fit(Distill(student, teacher), train, too_fast, valid)
+    wants = Teacher(teacher, mean=train.mean, std=train.std, size=8)  # it is shown the pixels on the card
+    fit(Distill(digit_student(), wants), train.replace(size=16), RECIPE, valid.replace(size=16))
     with pytest.raises(ValueError, match='never trained'): fit(Distill(student, digit_teacher()), train, RECIPE, valid)
     assert {device_of(student), device_of(teacher)} == {CPU}
 
@@ -157,7 +160,7 @@ def test_what_calls_fit_gives_everything_back(card, taught):
     inversion = dict(rounds=2, images=20, inversion=Recipe(steps=2, lr=0.1))
     for way, settings in (('generator', {}), ('inversion', inversion)):
         student = digit_student()
-        made = distill_without_data(teacher, student, 8, way, Recipe(steps=2, batch_size=16), **settings)
+        made = distill_without_data(Teacher(teacher, size=8), student, way, Recipe(steps=2, batch_size=16), **settings)
         assert device_of(student) == CPU and predict(student, Pictures(made.images, 10)).shape == (len(made.images), 10)
     task = Task(digit_student, teacher, labelled, transfer, RECIPE)
     for name in METHODS: choose_setting(name, task, valid, [METHODS[name].grid[0]])
@@ -225,7 +228,7 @@ def test_losses_are_right_in_float16(taught, name):
     "As on a card without bfloat16: the losses are those of float32, within what rounded features allow."
     (train, valid, _), teacher = taught
     labelled, transfer = few_labels(train, 100)
-    task = Task(digit_student, teacher, labelled, transfer, RECIPE, device='cpu')
+    task = Task(digit_student, teacher, labelled, transfer, RECIPE, Setup(device='cpu'))
     torch.manual_seed(0)
     way = contender(name, task, **METHODS[name].grid[0])
     objective, data = way.objective(digit_student()), way.data
@@ -254,7 +257,7 @@ def test_a_step_that_overflows_in_float16_is_skipped_and_the_run_goes_on(card, t
 
 def test_placed_gives_parts_and_hidden_teachers_back_to_their_own_places(card):
     teacher = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).to('cuda'))
-    both = nn.ModuleList([nn.Linear(2, 2), Frozen(teacher)])
+    both = nn.ModuleList([nn.Linear(2, 2), Teacher(teacher)])
     with placed(both, CARD):
         assert {device_of(both), device_of(teacher), device_of(teacher[1])} == {CARD}
         both.append(nn.Linear(2, 2).to('cuda'))

@@ -8,15 +8,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_nb.files import fingerprint
+from distill_nb.losses import hard_loss, rows_there
 from distill_nb.data import Batch, CropFlip, ImageData
 from distill_nb.models import digit_student, digit_teacher, resnet18, resnet20, resnet8, wrn_16_1
-from distill_nb.training import Recipe, Supervised, evaluate, fit, read_checkpoint
+from distill_nb.training import Checkpoint, Recipe, Supervised, Teacher, evaluate, fit
 from distill_nb.compare import Contender, compare
 from distill_nb.logits import Distill
-from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational,
+from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational, Term,
                                  _as_map, _resize_map, attention_loss, attention_map, cka, feature_method,
                                  feature_shapes, head_input, hint_loss, layer_similarity, listening, plot_attention,
                                  plot_similarity, rkd_angle_loss, rkd_distance_loss, stage_names, stage_pairs, tap)
+
+from networks import bits, same as same_bits
+from tokens import speaker, text, trained_speaker
 
 quick = settings(deadline=None, max_examples=12)
 RECIPE = Recipe(steps=12, batch_size=16, optimizer='adamw', lr=0.01, precision='float32')
@@ -51,6 +55,7 @@ def terms():
 
 
 def weights(m): return fingerprint(m.state_dict())
+def some(x): return Batch(x, *[torch.arange(len(x)) % CLASSES] * 3)
 def hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 def refused(said): return pytest.raises(ValueError, match=said)
 
@@ -436,7 +441,7 @@ def test_an_adapter_is_made_once_and_from_the_seed_of_its_construction():
 def test_the_parts_are_the_weighted_losses(teacher):
     model, batch = student(), images().get(torch.arange(5))
     objective = FeatureDistill(model, teacher, terms(), temperature=3., alpha=0.25)
-    objective.prepare(batch.x)
+    objective.prepare(batch)
     parts = objective(batch)
     with tap(model, ['layer1', 'layer2', 'flatten']) as s: z = model(batch.x).double()
     with tap(teacher, ['layer2', 'layer4', 'flatten']) as t: v = teacher(batch.x).double()
@@ -470,7 +475,7 @@ def test_without_terms_it_is_logit_matching_and_with_alpha_0_no_logit_of_the_tea
     for t in (teacher, deceived):
         torch.manual_seed(1)
         objective = FeatureDistill(student(), t, {'hint': (Hint('layer2', 'layer2'), 1.)}, alpha=0.)
-        objective.prepare(batch.x)
+        objective.prepare(batch)
         parts.append(objective(batch))
     assert parts[0]['soft'] == 0 and all(torch.equal(parts[0][k], parts[1][k]) for k in parts[0])
 
@@ -499,7 +504,7 @@ def test_training_leaves_the_teacher_alone_and_trains_the_adapter(teacher):
     objective.__class__ = Watch
     history = fit(objective, images(), RECIPE, images(seed=1))
     assert weights(teacher) == before
-    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
     assert set(modes) == {(True, False)}
     assert len(set(seen)) == len(seen) == 12  # the adapter moves in every step, the first included
     assert set(history.losses) == {'hard', 'soft', 'hint', 'attention', 'relational'}
@@ -556,7 +561,7 @@ def test_an_interrupted_run_resumes_to_the_weights_of_the_whole_one(teacher, tmp
     data, whole = images(), make()
     history = fit(whole, data, recipe)
     with pytest.raises(Stop): fit(make(45), data, recipe, folder=tmp_path, save_every=0)
-    tensors, meta = read_checkpoint(tmp_path/'checkpoint.safetensors')
+    tensors, meta = Checkpoint(tmp_path).read()
     assert 0 < meta['step'] <= 45 and 'objective.terms.hint.adapter.conv.weight' in tensors
     resumed = make(10**6)
     again = fit(resumed, data, recipe, folder=tmp_path, resume=True)
@@ -614,16 +619,134 @@ def test_everything_that_can_not_be_is_refused_before_the_first_step(teacher):
 NOWHERE = [dict(terms={'hint': (Hint(*layers), 1.)}) for layers in (('layer9', 'layer1'), ('layer1', 'layer9'))]
 
 @pytest.mark.parametrize('bad', [dict(terms=None), *NOWHERE, dict(temperature=0.), dict(alpha=2.)])
-def test_a_teacher_is_not_frozen_by_an_objective_that_could_not_be_made(bad):
+def test_a_teacher_is_as_it_was_after_an_objective_that_could_not_be_made(bad):
     guide = digit_teacher(CLASSES)
     with pytest.raises(ValueError): FeatureDistill(student(), guide, **dict(terms={}) | bad)
     assert guide.training and all(p.requires_grad for p in guide.parameters())
 
 
+def test_nothing_that_is_given_is_changed(teacher):
+    given, network, model = terms(), copy.deepcopy(teacher).train(), student()
+    guide = Teacher(network)
+    names, before = set(vars(guide)), [bits(m) for m in (network, model, *(t for t, _ in given.values()))]
+    objective = FeatureDistill(model, guide, given)
+    objective.check(images())
+    assert same_bits([bits(m) for m in (network, model, *(t for t, _ in given.values()))], before)
+    fit(objective, images(), RECIPE)
+    after = [bits(m) for m in (network, *(t for t, _ in given.values()))]
+    assert same_bits(after, [before[0], *before[2:]]) and set(vars(guide)) == names and hooks(network) == 0
+
+
+# --- a teacher with a form of its own
+
+def test_a_teacher_with_a_form_of_its_own_is_tapped_on_its_own_picture(teacher):
+    data, model = images(), student()
+    guide = Teacher(teacher, mean=[0.1], std=[0.7], size=12)
+    objective = FeatureDistill(model, guide, terms(), examine=False)
+    objective.check(data)
+    batch = data.get(torch.arange(6), torch.arange(6) + 3)
+    parts = objective.eval()(batch)
+    own = data.seen(mean=[0.1], std=[0.7], size=12).get(torch.arange(6), torch.arange(6) + 3).x
+    with torch.no_grad(), tap(model, 'layer2') as s, tap(teacher.eval(), 'layer2') as t: model(batch.x), teacher(own)
+    adapter = objective.terms['hint'].adapter
+    assert adapter.size == t['layer2'].shape[2:] == (6, 6)
+    assert parts['hint'].item() == pytest.approx(100 * F.mse_loss(adapter(s['layer2']), t['layer2']).item(), rel=1e-4)
+
+
+def test_a_teacher_with_a_form_of_its_own_asks_for_the_data_before_it_prepares(teacher):
+    objective = FeatureDistill(student(), Teacher(teacher, size=12), terms())
+    with refused('must see the data before'): objective.prepare(images().get(torch.arange(2)))
+
+
+# --- places and rows that are not there
+
+@pytest.mark.parametrize('weight,expected', [([1., 0., 0.5], [True, False, True]),
+                                             ([[0., 2.], [0., 0.]], [True, False]), ([[[0.]], [[1.]]], [False, True])])
+def test_a_row_is_there_if_any_of_its_places_has_weight(weight, expected):
+    assert rows_there(torch.tensor(weight)).tolist() == expected
+
+
+def test_a_row_without_weight_has_no_loss_whatever_it_holds(teacher):
+    data, model = images(), student()
+    objective = FeatureDistill(model, teacher, terms())
+    objective.check(data)
+    objective.eval()
+    kept = torch.tensor([0, 2, 3, 6])
+    batch = data.get(torch.arange(7))
+    fewer = Batch(*(part[kept] for part in batch[:4]))
+    weight = torch.zeros(7).index_fill(0, kept, 1.)
+    x = batch.x.index_fill(0, torch.tensor([1, 4, 5]), 50.)
+    def parts_and_grads(batch):
+        objective.zero_grad()
+        parts = objective(batch)
+        sum(parts.values()).backward()
+        return parts, [p.grad.clone() for p in objective.parameters()]
+    (few, few_grads), (many, grads) = parts_and_grads(fewer), parts_and_grads(batch._replace(x=x, weight=weight))
+    for name in few: assert many[name].item() == pytest.approx(few[name].item(), rel=1e-4), name
+    torch.testing.assert_close(grads, few_grads, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_with_some_weight_counts_once(teacher):
+    data = images()
+    objective = FeatureDistill(student(), teacher, terms())
+    objective.check(data)
+    batch = data.get(torch.arange(6))
+    plain = objective.eval()(batch)
+    scaled = objective(batch._replace(weight=torch.tensor([0.1, 1., 1., 3., 0.5, 1.])))
+    assert len(plain) == 5
+    for name in plain: assert scaled[name].item() == pytest.approx(plain[name].item(), rel=1e-6)
+
+
+def test_a_batch_without_any_row_has_no_loss_but_reaches_the_adapter(teacher):
+    objective = FeatureDistill(student(), teacher, terms())
+    objective.check(images())
+    parts = objective(images().get(torch.arange(6))._replace(weight=torch.zeros(6)))
+    assert [part.item() for part in parts.values()] == [0.] * 5
+    adapter = list(objective.terms['hint'].parameters())
+    assert [g.abs().max().item() for g in torch.autograd.grad(parts['hint'], adapter)] == [0., 0.]
+
+
+def test_layers_of_a_language_model_are_compared_token_by_token():
+    data, guide = text(), trained_speaker()
+    torch.manual_seed(0)
+    objective = FeatureDistill(speaker(4), guide, {'hint': (Hint('0', '0'), 1.)}, temperature=1.)
+    batch = data.get(torch.arange(30))._replace(weight=torch.zeros(30, 8).index_fill(0, torch.arange(10), 1.))
+    objective.check(data, text(seed=1))
+    with torch.no_grad():
+        own, given = objective.model[0](batch.x), guide[0](batch.x)
+        adapter = objective.terms['hint'].adapter.conv
+        translated = own @ adapter.weight[:, :, 0, 0].T + adapter.bias
+    expected = (translated - given)[:10].square().mean()
+    assert objective(batch)['hint'].item() == pytest.approx(expected.item(), rel=1e-5)
+    history = fit(objective, data, RECIPE, text(seed=1), device='cpu', progress=False)
+    assert set(history.losses) == {'hard', 'soft', 'hint'} and history.last['bits_per_byte'] > 0
+
+
+def test_a_layer_whose_rows_are_not_those_of_the_batch_can_not_be_weighted(teacher):
+    class Mean(Term):
+        def forward(self, student_features, teacher_features): return student_features[0].mean()
+    model = nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten(0, 1), nn.Unflatten(0, (-1, 4)), nn.Flatten(),
+                          nn.Linear(4, CLASSES))
+    objective, batch = FeatureDistill(model, teacher, {'mean': (Mean('1', 'fc'), 1.)}), images().get(torch.arange(2))
+    objective.prepare(batch)
+    with refused("the term 'mean' does not fit its layers: .*mask"):
+        objective.prepare(batch._replace(weight=torch.ones(2)))
+
+
+def test_settings_of_the_hard_loss_go_to_the_labels_alone(teacher):
+    counts, batch, parts = torch.tensor([1., 2., 3.]), images().get(torch.arange(6)), []
+    for more in ({}, dict(label_smoothing=0.2, class_weights=counts)):
+        model = student()
+        parts.append(FeatureDistill(model, teacher, {'on': (Relational('fc', 'fc'), 1.)}, **more)(batch))
+    hard = 0.1 * hard_loss(student()(batch.x), batch.y, 0.2, counts)
+    assert parts[1]['hard'].item() == pytest.approx(hard.item(), rel=1e-6) != parts[0]['hard'].item()
+    assert all(torch.equal(parts[0][name], parts[1][name]) for name in ('soft', 'on'))
+
+
 def test_the_first_tensor_of_a_tuple_is_taken(teacher):
     torch.manual_seed(0)
     objective = FeatureDistill(Odd(), teacher, {'relational': (Relational('lstm', 'fc:input'), 1.)})
-    objective.prepare(images().get(torch.arange(2)).x)
+    objective.prepare(images().get(torch.arange(2)))
     batch = images().get(torch.arange(6))
     with tap(objective.model, 'lstm') as s, tap(teacher, 'flatten') as t: objective.model(batch.x), teacher(batch.x)
     expected = 25 * rkd_distance_loss(s['lstm'][0], t['flatten']) + 50 * rkd_angle_loss(s['lstm'][0], t['flatten'])
@@ -637,8 +760,8 @@ def test_the_first_tensor_of_a_tuple_is_taken(teacher):
 def test_staged_networks_need_no_names(name, s, t):
     torch.manual_seed(0)
     objective = feature_method(name, s(), t())
-    objective.prepare(torch.randn(2, 3, 32, 32))
-    assert list(objective(Batch(torch.randn(4, 3, 32, 32), torch.arange(4), None, None))) == ['hard', 'soft', name]
+    objective.prepare(some(torch.randn(2, 3, 32, 32)))
+    assert list(objective(some(torch.randn(4, 3, 32, 32)))) == ['hard', 'soft', name]
 
 
 def test_stages_are_paired_by_depth(teacher):
@@ -750,9 +873,24 @@ def test_of_a_cached_teacher_the_model_itself_is_asked():
     cached = CachedTeacher(teacher, train)
     objective = feature_method('hint', digit_student(), cached)
     batch = train.get(torch.arange(8))
-    objective.prepare(batch.x)
+    objective.prepare(batch)
     for _ in range(2): assert set(objective(batch)) == {'hard', 'soft', 'hint'}
     assert objective.teacher.model is teacher and cached.asked == 0
+
+
+def test_a_cached_teacher_is_tapped_in_the_form_that_its_contract_wants(teacher):
+    from distill_nb.cache import CachedTeacher
+    data = images()
+    clauses = dict(classes=['bright', 'dark', 'middle'], mean=[0.1], std=[0.7], size=12, outputs='probabilities',
+                   read=lambda output: output.softmax(1))
+    cached, parts = CachedTeacher(Teacher(teacher, **clauses), data), []
+    for guide in (Teacher(teacher, **clauses), cached):
+        torch.manual_seed(0)
+        objective = FeatureDistill(student(), guide, terms(), examine=False)
+        objective.check(data)
+        parts.append(objective.eval()(data.get(torch.arange(6))))
+    assert {name: getattr(objective.teacher, name) for name in clauses} == clauses
+    assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0]) and cached.asked == 0
 
 
 @pytest.mark.parametrize('term', [Hint, Relational])

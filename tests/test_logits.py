@@ -1,5 +1,5 @@
 """Distill, and the teacher's exam."""
-import math, warnings
+import copy, math, warnings
 from dataclasses import replace
 from functools import partial
 
@@ -8,19 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from distill_nb import logits
 from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED, DistillationLoss, dist_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
 from distill_nb.data import ImageData, digits
 from distill_nb.models import digit_teacher
-from distill_nb.training import DivergedError, Frozen, Recipe, Supervised, describe, fit, predict
+from distill_nb.training import DivergedError, Recipe, Supervised, Teacher, describe, evaluate, fit, predict
 from distill_nb.logits import Distill, by_luck, check_teacher, probability_kind
 from distill_nb.zoo import build_model
 
 from small import CLASSES, RECIPE, images, net, trained
+from tokens import BYTES, Bytes, speaker, text, trained_speaker
 
 
 @pytest.fixture(scope='module')
 def teacher(): return trained()
+
+
+@pytest.fixture(scope='module')
+def model(): return trained_speaker()
 
 
 # --- masked classes
@@ -86,13 +92,13 @@ def test_a_student_that_begins_near_0_is_warned_of_and_stopped(teacher, settings
 
 def test_a_good_teacher_passes_and_a_guessing_one_does_not(teacher):
     assert check_teacher(teacher, images(seed=1)) > 0.9
-    assert check_teacher(Frozen(teacher), images(seed=1)) > 0.9
+    assert check_teacher(Teacher(teacher), images(seed=1)) > 0.9
     class Constant(nn.Module):
         def __init__(self):
             super().__init__()
             self.w = nn.Parameter(torch.tensor([0., 5., 0.]))
         def forward(self, x): return self.w.expand(len(x), 3)
-    said = r'33.3% of 120 validation images.*no better than chance.*never trained'
+    said = r'accuracy 33.3% on 120 validation items.*no better than chance.*never trained'
     with pytest.raises(ValueError, match=said): check_teacher(Constant(), images())
 
 
@@ -147,7 +153,7 @@ class Answers(nn.Module):
 def numbered(labels):
     y, i = torch.tensor(labels), torch.arange(len(labels))
     x = torch.stack([i % 256, i // 256], 1).view(-1, 1, 1, 2).expand(-1, 1, 2, 2)
-    return ImageData(x.to(torch.uint8), y, [str(c) for c in range(max(labels) + 1)], (0.,), (1 / 255,))
+    return ImageData(x.to(torch.uint8), y, [str(c) for c in range(max(labels) + 1)], mean=(0.,), std=(1 / 255,))
 
 
 RARE = [0] * 95 + [1] * 5
@@ -165,8 +171,8 @@ def test_a_teacher_that_finds_every_image_of_a_rare_class_passes(labels, gap):
 
 def test_the_error_of_the_exam_states_what_was_reached_and_what_was_needed():
     with pytest.raises(ValueError) as error: check_teacher(Answers(torch.tensor([[3., 0.]] * 100)), numbered(RARE))
-    for said in ('95.0% of 100', 'balanced accuracy of 50.0%', 'cross-entropy of 0.1986 nats', 'at most 0.1687',
-                 'balanced one of at most 0.1733', 'one in a thousand shuffles'):
+    for said in ('accuracy 95.0% on 100', 'balanced accuracy of 50.0%', 'cross-entropy of 0.1986 nats',
+                 'at most 0.1687', 'balanced one of at most 0.1733', 'one in a thousand shuffles'):
         assert said in str(error.value), said
     assert 'accuracy above' not in str(error.value)  # with two classes no accuracy is enough
     said = 'a balanced accuracy above 50.0%, a cross-entropy of at most 1.957'
@@ -245,12 +251,15 @@ class Then(nn.Module):
     ('sigmoid', lambda v: v.sigmoid().bfloat16(), lambda p: torch.logit(p.float(), eps=1e-6))])
 def test_the_exam_refuses_probabilities_and_its_remedy_passes(teacher, kind, f, remedy):
     data, bad = images(seed=1), Then(teacher, f)
-    said = f'probabilities, as {kind} makes them.*last layer.*{"log" if kind == "softmax" else "logit"}'
-    for model in (bad, Frozen(bad)):
+    declared = Teacher(bad, outputs='probabilities' if kind == 'softmax' else 'sigmoid')
+    said = f"probabilities, as {kind} makes them.*last layer.*Teacher.model, outputs='{declared.outputs}'"
+    for model in (bad, Teacher(bad)):
         with pytest.raises(ValueError, match=said): check_teacher(model, data)
     with pytest.raises(ValueError, match='probabilities'): fit(Distill(net(), bad), images(), RECIPE, data)
     fit(Distill(net(), bad, examine=False), images(), RECIPE, data)
-    assert check_teacher(Then(bad, remedy), data) > 0.9
+    for good in (Then(bad, remedy), declared):
+        assert check_teacher(good, data) > 0.9
+        fit(Distill(net(), good), images(), RECIPE, data)
 
 
 def test_log_probabilities_are_logits(teacher):
@@ -265,7 +274,7 @@ def test_log_probabilities_are_logits(teacher):
 @pytest.mark.parametrize('C', [2, 3, 10])
 def test_logits_of_real_teachers_are_never_taken_for_probabilities(C):
     train, valid, _ = digits()
-    some = lambda d: ImageData(d.x[d.y < C], d.y[d.y < C], d.classes[:C], d.mean, d.std)
+    some = lambda d: ImageData(d.x[d.y < C], d.y[d.y < C], d.classes[:C], mean=d.mean, std=d.std)
     train, valid = some(train), some(valid)
     recipe = Recipe(batch_size=64, optimizer='adamw', lr=0.01, warmup=0., precision='float32')
     for seed in range(3):
@@ -295,6 +304,85 @@ def test_the_exam_asks_only_about_labelled_images_and_changes_nothing(teacher):
     before = fingerprint(teacher.state_dict())
     check_teacher(teacher, data)
     assert teacher.training and fingerprint(teacher.state_dict()) == before
+
+
+def test_the_exam_sees_the_teachers_own_form_and_classes(teacher):
+    "Small dark pictures for the student; what the teacher needs is made from the stored pixels, by its contract."
+    sight = images()
+    other = Then(teacher, lambda v: v[:, [2, 0, 1]])
+    contract = Teacher(other, ['bright', 'dark', 'middle'], sight.mean, sight.std, sight.size)
+    students, valid = (images(seed=s).replace(size=2, mean=[0.9], std=[9.]) for s in (0, 1))
+    small = nn.Sequential(nn.Flatten(), nn.Linear(4, CLASSES))
+    fit(Distill(small, contract), students, RECIPE, valid)
+    assert check_teacher(contract, valid) > 0.9
+    with pytest.raises(ValueError, match='does not take inputs'): check_teacher(contract.model, valid)
+    with pytest.raises(ValueError, match='never trained'): check_teacher(contract.model, images(seed=1))
+
+
+# --- the exam where an item has many places
+
+def test_a_language_model_is_examined_at_its_places_and_measured_by_its_data(model):
+    valid = text(seed=1)
+    assert check_teacher(model, valid) == pytest.approx(evaluate(model, valid).bits_per_byte, rel=1e-6)
+    torch.manual_seed(3)
+    said = r'reaches bits per byte \d\.\d+ on 60 validation items, which is no better than chance'
+    with pytest.raises(ValueError, match=said): check_teacher(speaker(), valid)
+    for kind, outputs in (('softmax', 'probabilities'), ('sigmoid', 'sigmoid')):
+        bad = Then(model, (lambda v: v.softmax(-1)) if kind == 'softmax' else (lambda v: v.sigmoid()))
+        with pytest.raises(ValueError, match=f"as {kind} makes them.*outputs='{outputs}'"): check_teacher(bad, valid)
+        assert check_teacher(Teacher(bad, outputs=outputs), valid) < 4
+
+
+def test_places_that_are_not_there_or_have_no_label_are_not_judged(model):
+    class Damaged(nn.Module):
+        "Says nothing where the text has ended, and masks the byte that is the label of what is unlabelled."
+        def forward(self, x): return model(x).masked_fill((x == 0)[..., None], math.nan)
+    class Unlabelled(Bytes):
+        def subset(self, indices): return Unlabelled(self.lines[indices])
+        def get(self, index, view=None):
+            batch = super().get(index, view)
+            return batch._replace(y=batch.y.where(batch.index[:, None] % 2 == 0, UNLABELLED),
+                                  weight=batch.weight * (batch.x > 0))
+        def measure(self, answers): return {'bits_per_byte': float(len(list(answers)))}
+    assert check_teacher(Damaged(), Unlabelled(text().lines)) == 1
+    kept = []
+    list(logits._answers(Teacher(Damaged()), Unlabelled(text().lines), kept))
+    batch = text().get(torch.arange(0, 60, 2))
+    there = (batch.weight > 0) & (batch.x > 0)
+    assert torch.equal(kept[0][1], batch.y[there]) and torch.equal(kept[0][0], model(batch.x)[there])
+
+
+def test_what_a_guesser_knows_is_asked_of_the_data(model):
+    class Sure(Bytes):
+        "Data that say that one byte is nearly all there is, so that hardly anything is better than a guess."
+        chance = torch.tensor([1e-6] * (BYTES - 1) + [1 - 1e-6 * (BYTES - 1)])
+        def subset(self, indices): return Sure(self.lines[indices])
+    check_teacher(model, text())
+    with pytest.raises(ValueError, match='cross-entropy of at most 0.00'): check_teacher(speaker(), Sure(text().lines))
+    y = text().lines.flatten().long()
+    y = y[y > 0]
+    assert logits._pass_marks(y).loss > 1 > 0.01 > logits._pass_marks(y, Sure.chance).loss
+    assert logits._pass_marks(y, Sure.chance)[::2] == logits._pass_marks(y)[::2]  # those of the balanced measures stay
+    data = images(seed=1)
+    assert logits._pass_marks(data.y, data.chance) == logits._pass_marks(data.y)
+
+
+@pytest.mark.parametrize('places, classes', [(1, 2), (1, 1000), (8, 16), (1024, 50_257), (224**2, 21), (10**7, 10**6)])
+def test_a_thousand_to_ten_thousand_places_are_judged_and_they_fit_into_memory(places, classes):
+    ask, judge = logits._enough(places, classes, 1000)
+    assert 1 <= ask <= 1000 <= judge <= 10_000 and (ask == 1000 or ask * places >= 1000)
+    assert ask == 1 or 4 * ask * places * classes <= 2**29 and 8 * judge * classes <= 2**29
+
+
+def test_fewer_items_are_asked_about_where_each_has_many_places(monkeypatch, model):
+    asked = []
+    counted = Then(model, lambda v: asked.append(len(v)) or v)
+    check_teacher(counted, text(1000), items=100)
+    assert sum(asked[1:]) == 100  # of 1000; before it, two for the shape
+    monkeypatch.setattr(logits, '_enough', lambda places, classes, items: (places, 7))
+    asked.clear()
+    value, z, y = logits._sit(Teacher(counted), *logits._some(text(1000), 100))
+    assert asked == [8] and z.shape == (7, BYTES) and y.shape == (7,)
 
 
 def test_distill_checks_before_the_first_step(teacher):
@@ -330,6 +418,63 @@ def test_the_teacher_answers_before_the_student_keeps_tensors_for_the_backward_p
     objective(images().get(torch.arange(4)))
     hook.remove()
     assert order == ['teacher', 'student']
+
+
+def test_the_weight_of_a_place_and_the_settings_of_the_hard_part_reach_the_loss(model):
+    batch, student = text().get(torch.arange(12), torch.arange(12) % 3), speaker()
+    w = torch.linspace(0.5, 2, BYTES)
+    objective = Distill(student, model, 2., 0.3, label_smoothing=0.1, class_weights=w)
+    parts, z, v = objective(batch), student(batch.x).double(), model(batch.x).double()
+    y, log_q = F.one_hot(batch.y, BYTES).double(), z.log_softmax(-1)
+    hard = -(w * (0.9 * y + 0.1 / BYTES) * log_q).sum(-1)                     # (B, L)
+    log_p, log_r = (v / 2).log_softmax(-1), (z / 2).log_softmax(-1)
+    soft = 4 * (log_p.exp() * (log_p - log_r)).sum(-1)
+    share = batch.weight.double() / batch.weight.sum(1, keepdim=True)
+    for name, alpha, part in (('hard', 0.7, hard), ('soft', 0.3, soft)):
+        assert parts[name].item() == pytest.approx(alpha * (share * part).sum(1).mean().item(), rel=1e-5)
+    assert 0 < batch.weight.mean() < 1
+
+
+def test_a_student_of_text_learns_from_its_teacher(model):
+    torch.manual_seed(1)
+    student = speaker(4)
+    before = evaluate(student, text(seed=1)).bits_per_byte
+    recipe = replace(RECIPE, steps=60, optimizer='adam', lr=0.03)
+    history = fit(Distill(student, model), text(), recipe, text(seed=1))
+    assert history.last['bits_per_byte'] < min(before, 3.5)
+
+
+def test_a_network_that_taught_can_be_trained_afterwards(teacher):
+    taught, before = copy.deepcopy(teacher).train(), fingerprint(teacher.state_dict())
+    fit(Distill(net(), taught), images(), RECIPE, images(seed=1))
+    assert taught.training and all(p.requires_grad and p.grad is None for p in taught.parameters())
+    assert fingerprint(taught.state_dict()) == before
+    fit(Supervised(taught), images(), RECIPE)
+    assert fingerprint(taught.state_dict()) != before
+
+
+@pytest.mark.parametrize('hidden', ['student', 'teacher'])
+def test_a_mask_is_named_for_places_and_only_where_they_count(model, hidden):
+    def masks(wherever):
+        return Then(model, lambda v: v.index_fill(-1, torch.tensor([3]), -math.inf) if wherever else v)
+    class Ends(nn.Module):
+        "Masks a byte behind the end of a line, where nothing counts."
+        def forward(self, x):
+            return model(x).masked_fill((x == 0)[..., None] & (torch.arange(BYTES) == 3), -math.inf)
+    data = Bytes(text().lines * (text().lines != 3))  # no label is 3
+    batch = data.get(torch.arange(12))
+    batch = batch._replace(weight=batch.weight * (batch.x > 0))
+    both = {'student': masks(False), 'teacher': masks(False)}
+    assert f'the {hidden} masks class 3' in Distill(*(both | {hidden: masks(True)}).values()).explain(batch)
+    assert Distill(*(both | {hidden: Ends()}).values()).explain(batch) is None
+
+
+@pytest.mark.parametrize('scale, warns', [(1e-4, True), (1., False)])
+def test_small_logits_are_noticed_at_all_places(model, scale, warns):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        Distill(Then(speaker(), lambda v: scale * v), model, standardize=True).check(text())
+    assert any('logits differ by only' in str(w.message) for w in said) == warns
 
 
 def test_alpha_0_is_supervised_training(teacher):
@@ -383,5 +528,14 @@ def test_a_teacher_that_need_not_pass_the_exam(teacher):
 
 
 def test_what_cannot_be_examined_or_distilled_is_refused(teacher):
-    with pytest.raises(ValueError, match='no image has a label'): check_teacher(teacher, images().unlabelled([]))
+    with pytest.raises(ValueError, match='no item has a label'): check_teacher(teacher, images().unlabelled([]))
     with pytest.raises(ValueError, match='another module'): fit(Distill(teacher, teacher), images(), RECIPE)
+
+
+def test_a_student_that_shares_weights_with_its_teacher_is_refused():
+    data, net = numbered([0, 1, 2] * 20), nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    for student in (nn.DataParallel(net), nn.Sequential(net)):
+        objective = Distill(student, net, examine=False)
+        with pytest.raises(ValueError, match='share no weight with it'): objective.check(data)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    Distill(other, net, examine=False).check(data)

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from distill_nb.losses import (UNLABELLED, DistillationLoss, collapse, dist_loss, dkd_loss, hard_loss, jsd_loss,
-                               kd_loss, log_soften, reverse_kl_loss, standardize, top_k, upcast)
+import distill_nb.losses as losses_module
+from distill_nb.losses import (UNLABELLED, DistillationLoss, collapse, dist_loss, dkd_loss, hard_loss,
+                               jsd_loss, kd_loss, log_soften, reverse_kl_loss, rows_there, standardize, top_k, upcast)
 
 quick = settings(deadline=None, max_examples=20)
 
@@ -728,12 +729,12 @@ def test_beta_must_lie_inside(beta):
         jsd_loss(z, v, beta=beta)
 
 @pytest.mark.parametrize('shapes', [((4, 5), (4, 6)), ((4, 5), (3, 5)), ((4, 5), (1, 5)), ((5,), (5,)),
-                                    ((2, 4, 5), (2, 4, 5))])
+                                    ((2, 4, 5), (2, 3, 5)), ((2, 4, 5), (8, 5))])
 def test_shapes_must_agree(shapes):
     a, b = map(torch.zeros, shapes)
     for loss in (kd_loss, reverse_kl_loss, jsd_loss, dist_loss, partial(dkd_loss, labels=y), DistillationLoss(alpha=1)):
         with pytest.raises(ValueError) as e: loss(a, b)
-        assert 'student_logits and teacher_logits must have the same shape' in str(e.value)
+        assert 'student_logits and teacher_logits must have the same shape (..., C)' in str(e.value)
         assert str(shapes[0]) in str(e.value) and str(shapes[1]) in str(e.value)
 
 @pytest.mark.parametrize('label', [5, -1, -101, 1000])
@@ -763,10 +764,10 @@ def test_rows_and_classes_must_be_there(name, shape):
         losses(labels)[name](x, x)
     assert ('give the logits 0 and z' in str(e.value)) == (shape == (4, 1)) and str(shape) in str(e.value)
 
-@pytest.mark.parametrize('shape', [(4, 1), (4, 0), (0, 5), (5,), (2, 4, 5)])
+@pytest.mark.parametrize('shape', [(4, 1), (4, 0), (0, 5), (5,), (), (2, 0, 5), (2, 4, 1)])
 def test_functions_of_one_row_of_logits_ask_the_same(shape):
     for call in (lambda: hard_loss(torch.zeros(shape), y), lambda: standardize(torch.zeros(shape))):
-        with pytest.raises(ValueError, match=r'logits must have the shape \(B, C\), with at least 1 row'): call()
+        with pytest.raises(ValueError, match=r'logits must have the shape \(\.\.\., C\), with at least 1 row'): call()
 
 def test_two_classes_are_enough():
     a, b, t = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, 1])
@@ -781,7 +782,7 @@ def test_weights_must_be_finite_and_at_least_0(value):
 
 def test_weights_of_rows_must_fit_the_rows():
     for beta in (torch.ones(3), torch.ones(4, 1), torch.ones(4, 5)):
-        with pytest.raises(ValueError, match='beta must be a number, or a tensor of 4 numbers, one for each row'):
+        with pytest.raises(ValueError, match=r'beta must be a number, or a tensor of the shape \(4,\), one'):
             dkd_loss(z, v, y, beta=beta)
     for bad in (-1., math.nan, math.inf):
         with pytest.raises(ValueError, match='beta must be finite and at least 0'):
@@ -854,3 +855,348 @@ def test_a_bucket_in_which_every_class_is_masked_has_no_pull():
     some, full = (torch.autograd.grad(DistillationLoss(4., 1.)(z, t), z)[0] for t in (top_k(v, 2, 4.), v))
     assert some.isfinite().all()
     torch.testing.assert_close(some, full)
+
+
+# ---- many places and their weights ----
+
+def draw_places(seed, B, L, C):
+    "Logits (B, L, C), labels of which some are missing, weights of which some are 0, soft labels and DKD's beta."
+    g = torch.Generator().manual_seed(seed)
+    z, v, soft = (2 * torch.randn(B, L, C, generator=g, dtype=torch.float64) for _ in range(3))
+    y = torch.randint(C, (B, L), generator=g).masked_fill(torch.rand(B, L, generator=g) < 0.2, UNLABELLED)
+    w = torch.tensor([0., 0., 0.5, 1., 3.], dtype=torch.float64)[torch.randint(5, (B, L), generator=g)]
+    return z, v, y, w, soft.softmax(-1), 4 * torch.rand(B, L, generator=g, dtype=torch.float64)
+
+def rare(C): return torch.linspace(0.5, 2., C, dtype=torch.float64)  # class weights
+
+def combined(C): return DistillationLoss(3., 0.3, label_smoothing=0.1, class_weights=rare(C))
+
+PLACES = {  # every loss of (student, teacher, labels, weight, soft labels, beta)
+    'kd': lambda z, v, y, w, s, b: kd_loss(z, v, 3., weight=w),
+    'reverse': lambda z, v, y, w, s, b: reverse_kl_loss(z, v, 3., weight=w),
+    'jsd': lambda z, v, y, w, s, b: jsd_loss(z, v, 3., 0.3, weight=w),
+    'dkd': lambda z, v, y, w, s, b: dkd_loss(z, v, y, 3., weight=w),
+    'dkd_beta': lambda z, v, y, w, s, b: dkd_loss(z, v, y, 3., 0.5, b.to(upcast(z).dtype), weight=w),
+    'inter': lambda z, v, y, w, s, b: dist_loss(z, v, 3., 1., 0., w),
+    'intra': lambda z, v, y, w, s, b: dist_loss(z, v, 3., 0., 1., w),
+    'hard': lambda z, v, y, w, s, b: hard_loss(z, y, weight=w),
+    'hard_settings': lambda z, v, y, w, s, b: hard_loss(z, y, 0.1, rare(z.shape[-1]), w),
+    'hard_soft': lambda z, v, y, w, s, b: hard_loss(z, s, 0.1, rare(z.shape[-1]), w),
+    'combined': lambda z, v, y, w, s, b: combined(z.shape[-1])(z, v, y, w),
+    'combined_soft': lambda z, v, y, w, s, b: combined(z.shape[-1])(z, v, s, w),
+    'standardised': lambda z, v, y, w, s, b: DistillationLoss(3., 1., standardize=True)(z, v, None, w),
+    'bucket': lambda z, v, y, w, s, b: DistillationLoss(3., 1.)(z, top_k(v.detach(), 2, 3.), None, w)}
+
+every_place = pytest.mark.parametrize('name', PLACES)
+
+def by_rows(of_place):
+    "The weighted mean of each row's places, then the mean of the rows that have any weight; 0 without any."
+    def reference(*tensors):
+        means = []
+        for b, row in enumerate(tensors[3].tolist()):
+            if sum(row) == 0: continue
+            here = {i: [t[b, i:i + 1] for t in tensors] for i, x in enumerate(row) if x > 0}
+            means.append(sum(row[i] * of_place(*ts) for i, ts in here.items()) / sum(row))
+        return sum(means) / max(len(means), 1) + 0 * tensors[0].sum()
+    return reference
+
+def ref_terms(z, target, weights, smoothing):
+    "-Σ ω·y·log q of one place with a smoothed target."
+    C, logs = z.shape[1], [torch.log(q) for q in probabilities(z[0], 1.)]
+    return -sum(weights[c] * ((1 - smoothing) * target[c] + smoothing / C) * logs[c] for c in range(C))
+
+def ref_hard(z, label, weights, smoothing):
+    return 0. if label == UNLABELLED else ref_terms(z, F.one_hot(label, z.shape[1])[0], weights, smoothing)
+
+def ref_target(v, y): return [v[0].argmax().item() if y == UNLABELLED else y.item()]
+
+def ref_intra(z, v, y, w, s, b):
+    there = w > 0
+    if there.sum() < 2: return 0 * z.sum()
+    both = pairs(z[there], v[there], 3.)
+    return 9 * sum(1 - ref_pearson(*([d[side][c] for d in both] for side in (0, 1)))
+                   for c in range(z.shape[-1])) / z.shape[-1] + 0 * z.sum()
+
+REFERENCES = {
+    'kd': by_rows(lambda z, v, *_: ref_kd(z, v, 3.)), 'reverse': by_rows(lambda z, v, *_: ref_reverse(z, v, 3.)),
+    'jsd': by_rows(lambda z, v, *_: ref_jsd(z, v, 3., 0.3)),
+    'dkd': by_rows(lambda z, v, y, *_: ref_dkd(z, v, ref_target(v, y), 3., 1., 8.)),
+    'dkd_beta': by_rows(lambda z, v, y, w, s, b: ref_dkd(z, v, ref_target(v, y), 3., 0.5, b.item())),
+    'inter': by_rows(lambda z, v, *_: 9 * (1 - ref_pearson(*pairs(z, v, 3.)[0]))), 'intra': ref_intra,
+    'hard': by_rows(lambda z, v, y, *_: ref_hard(z, y, [1.] * z.shape[1], 0.)),
+    'hard_settings': by_rows(lambda z, v, y, *_: ref_hard(z, y, rare(z.shape[1]), 0.1)),
+    'hard_soft': by_rows(lambda z, v, y, w, s, b: ref_terms(z, s[0], rare(z.shape[1]), 0.1)),
+    'standardised': by_rows(lambda z, v, *_: ref_kd(ref_standardize(z), ref_standardize(v), 3.)),
+    'bucket': by_rows(lambda z, v, *_: ref_bucket(z, v.detach(), 2, 3.))}
+for hard, name in (('hard_settings', 'combined'), ('hard_soft', 'combined_soft')):
+    REFERENCES[name] = lambda *t, hard=hard: 0.7 * REFERENCES[hard](*t) + 0.3 * REFERENCES['kd'](*t)
+
+def spoiled(z, v, y, w, s, b):
+    "The same with NaN, infinities and impossible labels where the weight is 0."
+    gone, g = w == 0, torch.Generator().manual_seed(0)
+    wild = torch.tensor([math.nan, math.inf, -math.inf]).double()[torch.randint(3, z.shape, generator=g)]
+    z, v, s = (torch.where(gone[..., None], wild.to(x.dtype), x) for x in (z, v, s))
+    return z, v, y.masked_fill(gone, 777), w, s, b
+
+def place_grads(loss, tensors):
+    "The value, and the gradient for both logits."
+    z, v = (t.detach().clone().requires_grad_() for t in tensors[:2])
+    out = loss(z, v, *tensors[2:])
+    return out.detach(), *torch.autograd.grad(out, (z, v), materialize_grads=True)
+
+def close(found, want, **tolerance):
+    for a, b in zip(found, want, strict=True): torch.testing.assert_close(a, b, **tolerance)
+
+@every_place
+@settings(deadline=None, max_examples=8)
+@given(seed=st.integers(0, 2**31), B=st.integers(1, 4), L=st.integers(1, 4), C=st.integers(3, 5))
+def test_places_with_weights(name, seed, B, L, C):
+    "Values and gradients, for the teacher as well, with anything at all in places that are not there."
+    tensors = draw_places(seed, B, L, C)
+    found, want = (place_grads(f[name], t) for f, t in ((PLACES, spoiled(*tensors)), (REFERENCES, tensors)))
+    close(found, want, rtol=1e-5, atol=1e-8)
+    assert found[0].shape == () and all((g[tensors[3] == 0] == 0).all() for g in found[1:])
+
+@every_place
+def test_a_batch_without_any_weight_has_the_loss_0(name):
+    z, v, y, w, s, b = draw_places(1, 3, 4, 5)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        value, *grads = place_grads(PLACES[name], spoiled(z.to(dtype), v.to(dtype), y, 0 * w, s, b))
+        assert value == 0 and all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+@every_place
+def test_padding_changes_nothing(name):
+    "Two more places in each row and one more row, none of them there."
+    tensors = draw_places(2, 3, 4, 5)
+    longer = [F.pad(t, (0,) * 2 * (t.ndim - 2) + (0, 2, 0, 1)) for t in tensors]
+    value, *grads = place_grads(PLACES[name], tensors)
+    padded, *padded_grads = place_grads(PLACES[name], spoiled(*longer))
+    close([padded, *(g[:3, :4] for g in padded_grads)], [value, *grads])
+    assert all(g[3:].abs().sum() == 0 and g[:, 4:].abs().sum() == 0 for g in padded_grads)
+
+@pytest.mark.parametrize('name', [n for n in PLACES if n != 'intra'])
+def test_pieces_make_the_whole(name):
+    "Pieces weigh what they have of rows that count: 2, 0 and 1. Only what compares images has no such law."
+    tensors = draw_places(3, 6, 3, 5)
+    w = tensors[3]
+    w[[1, 3, 4]], w[[0, 2, 5], 1] = 0., torch.tensor([0.5, 1., 3.], dtype=torch.float64)
+    pieces = [slice(0, 3), slice(3, 5), slice(5, 6)]
+    counts = [rows_there(w[p]).sum() for p in pieces]
+    assert [(c.item(), c.shape) for c in counts] == [(2, ()), (0, ()), (1, ())] and rows_there(w).sum() == 3
+    def joined(*ts): return sum(PLACES[name](*(t[p] for t in ts)) * c for p, c in zip(pieces, counts)) / sum(counts)
+    close(place_grads(joined, tensors), place_grads(PLACES[name], tensors))
+
+@every_place
+def test_pixels_are_tokens_and_single_places_are_rows(name):
+    tensors = draw_places(4, 3, 6, 5)
+    want = PLACES[name](*tensors)
+    assert torch.equal(PLACES[name](*(t.unflatten(1, (2, 3)) for t in tensors)), want)
+    column = [t[:, :1] for t in tensors]
+    assert torch.equal(PLACES[name](*column), PLACES[name](*(t[:, 0] for t in column)))
+
+@every_place
+def test_a_mask_over_rows_selects_rows(name):
+    tensors = [t[:, 0] for t in draw_places(5, 7, 1, 5)]
+    there = tensors[3] > 0
+    selected = [None if i == 3 else t[there] for i, t in enumerate(tensors)]
+    close([PLACES[name](*spoiled(*tensors))], [PLACES[name](*selected)])
+
+@every_place
+def test_weights_of_one_are_no_weights_and_only_their_ratio_in_a_row_counts(name):
+    z, v, y, w, *more = draw_places(6, 3, 4, 5)
+    def of(weight): return place_grads(PLACES[name], (z, v, y, weight, *more))
+    def times(*factors, dtype): return w.to(dtype) * torch.tensor(factors, dtype=dtype)[:, None]
+    close(of(None), of(torch.ones_like(w)))
+    for other in (2 * w, times(1e-300, 1., 1e300, dtype=torch.float64), times(1e-38, 1., 1e37, dtype=torch.float32)):
+        close(of(other), of(w))
+    for kind in (torch.bool, torch.int64, torch.bfloat16): close(of((w > 0).to(kind)), of((w > 0).double()))
+
+def test_for_relations_between_images_all_places_that_are_there_count_alike():
+    z, v, _, w, *_ = draw_places(7, 3, 4, 5)
+    assert torch.equal(dist_loss(z, v, inter=0., weight=w), dist_loss(z, v, inter=0., weight=(w > 0).double()))
+
+@pytest.mark.parametrize('name', ['kd', 'reverse', 'jsd', 'dkd'])
+def test_reductions_of_places(name):
+    z, v, y, w, *_ = draw_places(8, 3, 4, 5)
+    z, v, y, w, *_ = spoiled(z, v, y, w.index_fill(0, torch.tensor([1]), 0.), z, z)
+    loss = {'kd': kd_loss, 'reverse': reverse_kl_loss, 'jsd': jsd_loss, 'dkd': partial(dkd_loss, labels=y)}[name]
+    each, there = loss(z, v, reduction='none', weight=w), w > 0
+    assert each.shape == (3, 4) and torch.equal(each == 0, ~there)
+    clean = {'labels': y[there]} if name == 'dkd' else {}
+    torch.testing.assert_close(each[there], loss(z[there], v[there], reduction='none', **clean))
+    means = [(w[b] * each[b]).sum() / w[b].sum() for b in (0, 2)]
+    torch.testing.assert_close(loss(z, v, weight=w), sum(means) / 2)
+    torch.testing.assert_close(loss(z, v, reduction='sum', weight=w), sum(means))
+    z, v = z.nan_to_num(0., 0., 0.), v.nan_to_num(0., 0., 0.)
+    more = {'labels': y.masked_fill(y == 777, 0)} if name == 'dkd' else {}
+    each = loss(z, v, reduction='none', **more)
+    torch.testing.assert_close(loss(z, v, reduction='sum', **more), each.mean(1).sum())
+    torch.testing.assert_close(loss(z, v, **more), each.mean())
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_without_weights_are_reduced_as_ever_to_the_bit(dtype):
+    "The arithmetic of (B, C) logits before there were places, written out; values and gradients."
+    for seed, B, C in ((0, 7, 5), (1, 64, 100), (2, 33, 10)):
+        z, v, y = draw(seed, B, C, 3.)
+        z, v, y[0], beta = z.to(dtype), v.to(dtype), UNLABELLED, torch.rand(B)
+        def mean(loss, **kw): return lambda z: loss(z, v, reduction='none', temperature=1., **kw).mean()
+        def hard(z, s=0.):
+            log_q = log_soften(z)
+            total = F.nll_loss(log_q, y, ignore_index=UNLABELLED, reduction='sum')
+            if s: total = (1 - s) * total + s * (-log_q.sum(1) / C).masked_fill(y == UNLABELLED, 0.).sum()
+            return total / len(y)
+        def dist(z):
+            q, p = (losses_module._log_share(l, 1.) for l in (z, v))
+            inter, intra = (losses_module._pearson_distance(q, p, d)[0] for d in (1, 0))
+            return inter.sum() / B + 2. * (intra.sum() / C)
+        same = {'kd': (partial(kd_loss, teacher_logits=v, temperature=1.), mean(kd_loss)),
+                'reverse': (partial(reverse_kl_loss, teacher_logits=v, temperature=1.), mean(reverse_kl_loss)),
+                'jsd': (partial(jsd_loss, teacher_logits=v, temperature=1.), mean(jsd_loss)),
+                'dkd': (lambda z: dkd_loss(z, v, y, 1., beta=beta), mean(dkd_loss, labels=y, beta=beta)),
+                'sum': (lambda z: kd_loss(z, v, 1., 'sum'), lambda z: kd_loss(z, v, 1., 'none').sum()),
+                'dist': (lambda z: dist_loss(z, v, 1., 1., 2.), dist), 'hard': (lambda z: hard_loss(z, y), hard),
+                'smooth': (lambda z: hard_loss(z, y, 0.1), partial(hard, s=0.1))}
+        for name, (loss, as_ever) in same.items():
+            for a, b in zip(value_and_grad(loss, z), value_and_grad(as_ever, z)): assert torch.equal(a, b), name
+
+def test_places_compile_and_transform():
+    z, v, y, w, *_ = spoiled(*draw_places(9, 3, 4, 5))
+    for divergence in (partial(dkd_loss, beta=2.), dist_loss):
+        loss = DistillationLoss(3., 0.5, divergence, True, 0.1, rare(5))
+        compiled = torch.compile(copy.deepcopy(loss), backend='aot_eager', fullgraph=True)
+        close(value_and_grad(lambda z: compiled(z, v, y, w), z), value_and_grad(lambda z: loss(z, v, y, w), z))
+    found = torch.func.grad(partial(kd_loss, weight=w))(z, v)
+    torch.testing.assert_close(found, value_and_grad(lambda z: kd_loss(z, v, weight=w), z)[1])
+    a, b = z.nan_to_num(0., 0., 0.), v.nan_to_num(0., 0., 0.)
+    by_row = torch.vmap(lambda a, b: kd_loss(a[None], b[None]))(a, b)
+    torch.testing.assert_close(by_row, kd_loss(a, b, reduction='none').mean(1))
+
+@every_place
+def test_places_in_half_precision_are_computed_in_float32_and_left_alone(name):
+    z, v, *more = draw_places(10, 3, 4, 5)
+    low = spoiled(z.bfloat16(), v.bfloat16(), *more)
+    before = [t.clone() for t in low]
+    value, grad, _ = place_grads(PLACES[name], low)
+    assert value.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    want = place_grads(PLACES[name], (low[0].double(), low[1].double(), *low[2:]))[0]
+    torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
+    for a, b in zip(low, before): assert torch.equal(a.nan_to_num(7.), b.nan_to_num(7.))
+
+def test_top_k_of_places():
+    z, v, *_ = draw_places(11, 3, 4, 6)
+    top = top_k(v, 2, 3.)
+    assert [t.shape for t in top] == [(3, 4, 2), (3, 4, 2), (3, 4, 1)]
+    flat = top_k(v.flatten(0, 1), 2, 3.)
+    assert all(torch.equal(a.flatten(0, 1), b) for a, b in zip(top, flat))
+    for a, b in zip(collapse(z, top, 3.), collapse(z.flatten(0, 1), flat, 3.)): assert torch.equal(a.flatten(0, 1), b)
+
+
+# ---- soft labels and class weights ----
+
+@quick
+@given(seed=st.integers(0, 1000), s=st.sampled_from([0., 0.1, 0.5]), weighted=st.booleans(), soft=st.booleans())
+def test_hard_loss_has_the_terms_of_torch(seed, s, weighted, soft):
+    "Its sum, divided by the number of places, labelled or not."
+    z, _, y, _, target, _ = draw_places(seed, 4, 3, 5)
+    target, ω = target if soft else y, rare(5) if weighted else None
+    rows = lambda x: x.flatten(0, 1)
+    def torchs(z): return F.cross_entropy(rows(z), rows(target), ω, label_smoothing=s, reduction='sum') / 12
+    close(value_and_grad(lambda z: hard_loss(z, target, s, ω), z), value_and_grad(torchs, z))
+    close(value_and_grad(lambda z: hard_loss(rows(z), rows(target), s, ω), z), value_and_grad(torchs, z))
+
+@pytest.mark.parametrize('s', [0., 0.1])
+def test_one_hot_labels_are_class_numbers(s):
+    z, _, y = draw(50, 6, 5, 2.)
+    for kind in (torch.float16, torch.float32, torch.float64):
+        close(value_and_grad(lambda z: hard_loss(z, F.one_hot(y, 5).to(kind), s, rare(5)), z),
+              value_and_grad(lambda z: hard_loss(z, y, s, rare(5)), z))
+        assert hard_loss(z.float(), F.one_hot(y, 5).to(kind)).dtype == torch.float32
+
+def test_what_has_no_share_or_no_class_weight_may_be_masked():
+    z, _, _ = draw(51, 4, 5, 2.)
+    soft = torch.tensor([[0.25, 0.5, 0.25, 0., 0.]]).expand(4, 5)
+    close([hard_loss(hide(z, 3, 4), soft, 0.1)], [hard_loss(z[:, :3], soft[:, :3], 0.1)])
+    y, ω = torch.tensor([0, 1, 2, 4]), torch.tensor([1., 1., 1., 1., 0.])
+    value, grad = value_and_grad(lambda z: hard_loss(z, y, class_weights=ω), hide(z, 4))
+    close([value], [F.cross_entropy(z[:3, :4], y[:3], reduction='sum') / 4])
+    assert grad.isfinite().all() and (grad[3] == 0).all()
+    value, grad = value_and_grad(lambda z: hard_loss(z, soft.flip(1)), hide(z, 4))  # a share of it does cost
+    assert value == math.inf and grad.isfinite().all()
+
+def test_unlabelled_places_stay_in_the_denominator():
+    z, _, y = draw(52, 6, 5, 2.)
+    some = torch.where(torch.arange(6) < 2, y, UNLABELLED)
+    for ω in (None, rare(5)):
+        want = F.cross_entropy(z[:2], y[:2], ω, reduction='sum')
+        close([hard_loss(z, some, class_weights=ω)], [want / 6])
+        close([hard_loss(z[None], some[None], 0., ω, torch.tensor([[1., 1., 1., 1., 0., 0.]]))], [want / 4])
+
+def test_a_soft_label_names_no_class_for_dkd():
+    z, v, _, _, soft, _ = draw_places(12, 3, 4, 5)
+    for call in (lambda: dkd_loss(z, v, soft), lambda: DistillationLoss(divergence=dkd_loss)(z, v, soft)):
+        with pytest.raises(ValueError, match=r'labels must be integers of shape \(3, 4\).*: this loss needs class num'):
+            call()
+
+@pytest.mark.parametrize('bad', [[0.9, 0., 0.], [1.5, -0.5, 0.], [math.nan, 0.5, 0.5], [math.inf, 0., 0.], [1.] * 3])
+def test_soft_labels_must_be_probabilities(bad):
+    soft = torch.tensor([[0.5, 0.5, 0.], bad])
+    with pytest.raises(ValueError, match='labels must be probabilities: at least 0, with sums within 0.01 of 1'):
+        hard_loss(torch.zeros(2, 3), soft)
+    assert hard_loss(torch.zeros(2, 3), soft, weight=torch.tensor([1., 0.])).isfinite()
+
+def test_soft_labels_must_fit():
+    for bad in (torch.ones(2, 4) / 4, torch.ones(3), torch.ones(3, 2), torch.ones(2, 3).long()):
+        with pytest.raises(ValueError, match=r'integers of shape \(2,\), .*floating probabilities of shape \(2, 3\)'):
+            hard_loss(torch.zeros(2, 3), bad)
+
+@pytest.mark.parametrize('bad', [torch.ones(4), torch.ones(1, 5), torch.ones(()), [1.] * 5, 2.])
+def test_class_weights_must_fit(bad):
+    with pytest.raises(ValueError, match=r'class_weights must be a tensor of the shape \(5,\), one number for'):
+        hard_loss(z, y, class_weights=bad)
+    if isinstance(bad, torch.Tensor) and bad.ndim == 1: return  # how many classes there are is not known yet
+    with pytest.raises(ValueError, match=r'class_weights must be a tensor of the shape \(C,\)'):
+        DistillationLoss(class_weights=bad)
+
+@pytest.mark.parametrize('bad', [-1., math.nan, math.inf])
+def test_weights_of_classes_and_places_must_be_finite_and_at_least_0(bad):
+    ω, w = torch.ones(5), torch.ones(4)
+    ω[2] = w[2] = bad
+    calls = [lambda: hard_loss(z, y, class_weights=ω), lambda: DistillationLoss(class_weights=ω)]
+    for call in calls:
+        with pytest.raises(ValueError, match='class_weights must be finite and at least 0'): call()
+    for loss in (kd_loss, reverse_kl_loss, jsd_loss, dist_loss, partial(dkd_loss, labels=y), DistillationLoss(alpha=1.),
+                 lambda z, v, weight: hard_loss(z, y, weight=weight)):
+        with pytest.raises(ValueError, match='weight must be finite and at least 0'): loss(z, v, weight=w)
+
+@pytest.mark.parametrize('bad', [torch.ones(3), torch.ones(4, 5), torch.ones(4, 1), torch.ones(()), 1., [1.] * 4])
+def test_weights_of_places_must_fit(bad):
+    for loss in (kd_loss, reverse_kl_loss, jsd_loss, dist_loss, partial(dkd_loss, labels=y), DistillationLoss(alpha=1.),
+                 DistillationLoss(alpha=1., standardize=True), lambda z, v, weight: hard_loss(z, y, weight=weight)):
+        with pytest.raises(ValueError, match=r'weight must be a tensor of the shape \(4,\), one number for each row'):
+            loss(z, v, weight=bad)
+
+def test_labels_of_places_must_fit():
+    z, v, y, *_ = draw_places(13, 3, 4, 5)
+    for bad in (y[0], y[:, 0], y.flatten(), y[..., None]):
+        for call in (lambda: hard_loss(z, bad), lambda: dkd_loss(z, v, bad)):
+            with pytest.raises(ValueError, match=r'labels must be integers of shape \(3, 4\)'): call()
+    with pytest.raises(ValueError, match=r'labels must lie in 0\.\.4'): hard_loss(z, y.masked_fill(y < 9, 5))
+
+def test_a_divergence_that_knows_no_weight_is_refused_by_name_where_there_is_one():
+    def mine(z, v, temperature): return (z - v).square().mean()
+    for divergence in (mine, partial(mine)):
+        loss = DistillationLoss(1., 1., divergence)
+        assert loss(z, v) == mine(z, v, 1.)
+        with pytest.raises(ValueError, match="divergence must be a function with a parameter weight.* 'mine'"):
+            loss(z, v, weight=torch.ones(4))
+    assert DistillationLoss(1., 0., mine)(z, None, y, torch.ones(4)) == hard_loss(z, y, weight=torch.ones(4))
+
+def test_settings_of_the_hard_part():
+    loss = DistillationLoss(3., 0.5, label_smoothing=0.1, class_weights=rare(5))
+    torch.testing.assert_close(loss.parts(z, v, y)['hard'], 0.5 * hard_loss(z, y, 0.1, rare(5)))
+    torch.testing.assert_close(loss.parts(z, v, y)['soft'], 0.5 * kd_loss(z, v, 3.))
+    assert loss.state_dict() == {} and copy.deepcopy(loss).float().class_weights.dtype == torch.float32
+    with pytest.raises(ValueError, match='label_smoothing must be at least 0'): DistillationLoss(label_smoothing=1.)
+    others = [DistillationLoss(3., 0.5), DistillationLoss(3., 0.5, label_smoothing=0.1), loss,
+              DistillationLoss(3., 0.5, label_smoothing=0.1, class_weights=2 * rare(5))]
+    assert len({repr(l) for l in others}) == 4 and repr(loss) == repr(copy.deepcopy(loss))

@@ -10,7 +10,7 @@ from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED
 from distill_nb.data import digits, few_labels
 from distill_nb.models import digit_student, digit_teacher
-from distill_nb.training import DivergedError, Recipe, Supervised, fit
+from distill_nb.training import DivergedError, Recipe, Setup, Supervised, Teacher, fit
 from distill_nb.compare import compare
 from distill_nb.cache import CachedTeacher
 from distill_nb.self_distillation import Generations
@@ -57,7 +57,7 @@ def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_pa
         way = contender(name, task, **METHODS[name].grid[0])
         calls = interrupt(objective := way.objective(student), stop)
         recipe = replace(way.recipe or RECIPE, steps=110, batch_size=16, precision='bfloat16')
-        fit(objective, way.data, recipe, None, folder, resume, save_every=0)
+        fit(objective, way.data, recipe, folder=folder, resume=resume, save_every=0)
         return fingerprint(student.state_dict()), len(calls)
     whole, steps = run(tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', stop=105)
@@ -94,6 +94,29 @@ def test_a_rehearsal_changes_nothing_that_comes_later(name, task):
     rehearse(name, task._replace(teacher=teacher))
     assert torch.equal(torch.get_rng_state(), state) and fingerprint(teacher.state_dict()) == before
     assert [p.requires_grad for p in teacher.parameters()] == grads and teacher.training
+    kept = CachedTeacher(teacher, task.transfer)
+    rehearse(name, task._replace(teacher=kept))
+    assert kept.asked == kept.answered == 0
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_teacher_with_a_form_of_its_own_is_asked_in_it_or_refused(name, task):
+    network, data = task.teacher.model, task.transfer
+    seen = []
+    hook = network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    mine = task._replace(teacher=Teacher(network, mean=[0.], std=[2.]))
+    if name == 'data_free':
+        with pytest.raises(ValueError, match=r"data_free .* the teacher's mean must be that of the data"):
+            rehearse(name, mine)
+        turned = task._replace(teacher=Teacher(network, classes=data.classes[::-1]))
+        with pytest.raises(ValueError, match="the teacher's classes must be those of the data"): rehearse(name, turned)
+        same = Teacher(network, mean=tuple(data.mean), std=data.std, size=8, classes=data.classes)
+        rehearse(name, task._replace(teacher=same))
+    else:
+        rehearse(name, mine)
+        wanted = data.replace(mean=[0.], std=[2.]).get(torch.arange(2)).x
+        assert all(torch.equal(x, wanted) for x in seen) and mine.teacher._data is None
+    hook.remove()
 
 
 def test_the_choice_is_the_best_on_the_validation_split(task):
@@ -121,9 +144,9 @@ def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
     def counted(self):
         if type(self.objective) is Supervised: trained.append(self.step)
         return run(self)
-    run = training._Run.run
-    monkeypatch.setattr(training._Run, 'run', counted)
-    stored = task._replace(folder=tmp_path, recipe=replace(RECIPE, steps=80))
+    run = training.Run.run
+    monkeypatch.setattr(training.Run, 'run', counted)
+    stored = task._replace(setup=Setup(tmp_path), recipe=replace(RECIPE, steps=80))
     def again():
         torch.manual_seed(1)
         student = digit_student()
@@ -132,7 +155,7 @@ def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
         return fingerprint(student.state_dict())
     first = again()
     assert again() == first and trained == [0, 80]
-    rehearse('born_again', task._replace(folder=tmp_path/'none'))
+    rehearse('born_again', task._replace(setup=Setup(tmp_path/'none')))
     assert not (tmp_path/'none').exists()
 
 
@@ -156,7 +179,8 @@ def test_the_earlier_student_has_initial_weights_and_a_seed_of_its_own(task, mon
 
 def test_a_student_that_always_begins_with_the_same_weights_has_an_earlier_one_for_each_seed(task, tmp_path):
     first = digit_student()
-    again = task._replace(make_student=lambda: copy.deepcopy(first), folder=tmp_path, recipe=replace(RECIPE, steps=40))
+    recipe = replace(RECIPE, steps=40)
+    again = task._replace(make_student=lambda: copy.deepcopy(first), setup=Setup(tmp_path), recipe=recipe)
     way = {'born_again': contender('born_again', again, temperature=4., alpha=0.5)}
     for _ in range(2):
         compare(again.make_student, way, again.recipe, digits().valid, seeds=2, folder=tmp_path)
@@ -179,13 +203,13 @@ def test_an_earlier_student_may_be_no_better_than_chance(task):
 
 def test_the_earlier_student_is_trained_on_the_device_of_the_task_and_rehearsed_on_the_cpu(task, monkeypatch):
     devices = []
-    def trained(make_student, *_, device, **__):
-        devices.append(device)
+    def trained(make_student, *_, setup, **__):
+        devices.append(setup.device)
         return Generations([make_student()])
     monkeypatch.setattr(methods, 'born_again', trained)
-    way = contender('born_again', task._replace(device='cuda:1'), temperature=4., alpha=0.5)
+    way = contender('born_again', task._replace(setup=Setup(device='cuda:1')), temperature=4., alpha=0.5)
     way.objective(digit_student())
-    rehearse('born_again', task._replace(device='cuda:1'))
+    rehearse('born_again', task._replace(setup=Setup(device='cuda:1')))
     assert devices == ['cuda:1', 'cpu']
 
 

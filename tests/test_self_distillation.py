@@ -1,5 +1,5 @@
 """Self-distillation: generations, exits that the deepest teaches, and a network taught by its own moving average."""
-import copy, math
+import copy, json, math, os, random, subprocess, sys
 from dataclasses import replace
 
 import pytest
@@ -10,15 +10,16 @@ from torch import nn
 from distill_nb import self_distillation
 from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED
-from distill_nb.data import CropFlip, ImageData, digits, mix
+from distill_nb.data import Batch, CropFlip, ImageData, Measured, digits, mix
 from distill_nb.models import count_macs, digit_student, digit_teacher, resnet18, wrn_16_1
-from distill_nb.training import Recipe, Supervised, evaluate, fit, predict, read_checkpoint
+from distill_nb.training import Checkpoint, Recipe, Setup, Supervised, evaluate, fit, predict
 from distill_nb.logits import Distill
 from distill_nb.self_distillation import (BeYourOwnTeacher, EarlyExits, Ensemble, ExitHead, MovingAverage, SelfTeacher,
                                           _other_view, born_again, exit_costs, exit_logits, feature_distance,
                                           generation_seed, measure_exits, plot_exits, repeat_labelled, run_until,
                                           sure_curve, sure_exit, view_loss)
 from distill_nb.zoo import build_model
+from tokens import BYTES, speaker, text
 
 RECIPE = Recipe(steps=20, batch_size=16, lr=0.05, precision='float32')
 CLASSES = 3
@@ -67,12 +68,12 @@ def dies_at(objective, call):
 def resumes(make, data, folder, recipe=RECIPE):
     "A run that was killed ends with all the weights and buffers of the uninterrupted one; gives both objectives."
     whole, killed, resumed = make(), make(), make()
-    fit(whole, data, recipe, images(seed=1), folder/'whole', save_every=0)
+    given = data, recipe, images(seed=1)
+    fit(whole, *given, folder=folder/'whole', save_every=0)
     with pytest.raises(Killed):
-        fit(dies_at(killed, 11 * recipe.accumulate), data, recipe, images(seed=1), folder/'killed', save_every=0)
-    kept = read_checkpoint(folder/'killed'/'checkpoint.safetensors')[1]['step']
-    assert 0 < kept < 11
-    fit(resumed, data, recipe, images(seed=1), folder/'killed', resume=True, save_every=0)
+        fit(dies_at(killed, 11 * recipe.accumulate), *given, folder=folder/'killed', save_every=0)
+    assert 0 < Checkpoint(folder/'killed').read()[1]['step'] < 11
+    fit(resumed, *given, folder=folder/'killed', resume=True, save_every=0)
     assert weights(whole) == weights(resumed)
     return whole, resumed
 
@@ -89,7 +90,8 @@ def test_generation_0_is_plain_training_and_generation_1_is_distillation_from_it
     fit(Distill(student, plain, 2., 0.7), data, replace(RECIPE, seed=seed), images(seed=1))
     assert weights(student) == weights(found.models[1]) != weights(plain)
     assert list(found.histories[0].losses) == ['hard'] and list(found.histories[1].losses) == ['hard', 'soft']
-    assert found.accuracies == [evaluate(m, images(seed=1)).accuracy for m in found.models]
+    assert found.measured == [evaluate(m, images(seed=1)) for m in found.models]
+    assert all(isinstance(m, Measured) and m.accuracy >= 0 for m in found.measured)
 
 
 def test_generations_have_different_initial_weights_and_come_back_trainable():
@@ -116,18 +118,19 @@ def test_a_teacher_generation_is_not_changed_by_its_student():
 def test_killed_generations_continue(tmp_path, monkeypatch):
     given = lambda folder: born_again(net, images(), RECIPE, images(seed=1), 3, folder=folder)
     whole, real, calls = given(None), self_distillation.fit, []
-    def dying(objective, *args):
+    def dying(objective, *args, setup):
         calls.append(1)
-        return real(dies_at(objective, 11) if len(calls) == 2 else objective, *args, save_every=0)
+        return real(dies_at(objective, 11) if len(calls) == 2 else objective, *args, setup=setup, save_every=0)
     monkeypatch.setattr(self_distillation, 'fit', dying)
     with pytest.raises(Killed): given(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['generation-0', 'generation-1']
-    steps = [read_checkpoint(tmp_path/f'generation-{k}'/'checkpoint.safetensors')[1]['step'] for k in (0, 1)]
+    steps = [Checkpoint(tmp_path/f'generation-{k}').read()[1]['step'] for k in (0, 1)]
     assert steps[0] == 20 and 0 < steps[1] < 20
     monkeypatch.undo()
     assert [weights(m) for m in given(tmp_path).models] == [weights(m) for m in whole.models]
     other = replace(RECIPE, lr=0.1)
     with refused('another recipe'): born_again(net, images(), other, images(seed=1), 3, folder=tmp_path)
+    with refused('resume=True'): born_again(net, images(), RECIPE, images(seed=1), 3, folder=tmp_path, resume=False)
 
 
 def test_a_single_generation_is_the_plain_run_of_a_network_that_is_there(tmp_path, monkeypatch):
@@ -136,11 +139,11 @@ def test_a_single_generation_is_the_plain_run_of_a_network_that_is_there(tmp_pat
     def born(model, name): return born_again(lambda: model, data, recipe, generations=1, folder=tmp_path/name, **how)
     history = fit(Supervised(plain), data, recipe, folder=tmp_path/'plain', resume=True, **how)
     state, made = torch.get_rng_state(), born(earlier, 'born')
-    assert made.models[0] is earlier and made.accuracies == [] and torch.equal(state, torch.get_rng_state())
+    assert made.models[0] is earlier and made.measured == [] and torch.equal(state, torch.get_rng_state())
     assert weights(earlier) == weights(plain) != weights(net(3)) and made.histories[0].losses == history.losses
 
     real, at = self_distillation.fit, 11
-    def dying(objective, *args): return real(dies_at(objective, at), *args, save_every=0)
+    def dying(objective, *args, setup): return real(dies_at(objective, at), *args, setup=setup, save_every=0)
     monkeypatch.setattr(self_distillation, 'fit', dying)
     with pytest.raises(Killed): born(net(3), 'killed')
     at = 1  # a run that is done takes no step
@@ -359,9 +362,20 @@ def test_stopping_when_sure_leaves_a_network_that_trains_as_it_was():
     assert torch.equal(logits, exits.eval()(x)) and k == len(exits) - 1
 
 
-def test_generations_without_a_validation_split_have_no_accuracies():
+def test_generations_without_a_validation_split_are_not_measured():
     made = born_again(net, images(), replace(RECIPE, steps=2), generations=2)
-    assert len(made.models) == 2 and made.accuracies == []
+    assert len(made.models) == 2 and made.measured == []
+
+
+def test_generations_of_a_language_model_are_measured_by_what_their_data_measure(tmp_path):
+    recipe = Recipe(steps=30, batch_size=20, optimizer='adam', lr=0.03, weight_decay=0., precision='float32')
+    setup, rows = Setup(device='cpu', progress=False, folder=tmp_path), []
+    made = born_again(speaker, text(), recipe, text(seed=1), 2, setup=setup, log=rows.append)
+    assert list(made.measured[1]) == ['bits_per_byte'] and made.measured[1].bits_per_byte < math.log2(BYTES)
+    assert made.measured[1] == evaluate(made.models[1], text(seed=1)) and any('soft' in row for row in rows)
+    together, batch = made.ensemble(), text().get(torch.arange(5))
+    mean = sum(m(batch.x).double().softmax(-1) for m in made.models) / 2
+    assert torch.allclose(together(batch.x).double().softmax(-1), mean, atol=1e-6)
 
 
 def test_other_refusals_of_exits():
@@ -409,6 +423,32 @@ def test_the_losses_are_the_papers(T, alpha, weight):
     features, logits = ([t.double().tolist() for t in ts] for ts in (features, logits))
     expected = paper_loss(features, logits, batch.y.tolist(), T, alpha, weight)
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_row_without_weight_has_no_loss_at_any_exit():
+    torch.manual_seed(0)
+    objective, batch = BeYourOwnTeacher(digit_teacher(CLASSES), feature_weight=0.5), images().get(torch.arange(8))
+    objective.eval()
+    kept = torch.tensor([0, 2, 3, 6])
+    weight = torch.zeros(8).index_fill(0, kept, 0.5)
+    few, many = objective(Batch(*(part[kept] for part in batch[:4]))), objective(batch._replace(weight=weight))
+    assert {k: v.item() for k, v in many.items()} == pytest.approx({k: v.item() for k, v in few.items()}, rel=1e-5)
+    assert min(few.values()) > 0
+    nothing = objective(batch._replace(weight=torch.zeros(8)))
+    sum(nothing.values()).backward()
+    assert {part.item() for part in nothing.values()} == {0.} and not any(p.grad.any() for p in objective.parameters())
+
+
+def test_the_distance_of_rows_that_are_there():
+    torch.manual_seed(0)
+    f, g, weight = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([[0., 1.], [0., 0.], [2., 0.1], [0.1, 0.]])
+    f[1] = math.nan
+    f.requires_grad_()
+    found = feature_distance(f, g, weight)
+    found.backward()
+    kept = [0, 2, 3]
+    assert found.item() == pytest.approx((f[kept] - g[kept]).square().sum(1).mean().item())
+    assert f.grad.isfinite().all() and feature_distance(f, g, torch.zeros(4)) == 0
 
 
 def test_only_the_labels_move_the_deepest_head():
@@ -483,12 +523,14 @@ def test_be_your_own_teacher_resumes(tmp_path):
 
 # --- the moving average
 
-def test_the_average_follows_the_formula_and_holds_buffers_only():
+def test_the_average_follows_the_formula_and_nothing_of_it_trains():
     torch.manual_seed(0)
     model, m = digit_student(), 0.8
     average = MovingAverage(model, m)
     expected = {k: v.double() for k, v in model.state_dict().items()}
-    assert list(average.parameters()) == [] and set(average.state_dict()) == {f'model.{k}' for k in expected}
+    assert not any(p.requires_grad for p in average.parameters())
+    assert set(average.state_dict()) == {f'model.{k}' for k in expected}
+    assert all(p.requires_grad for p in model.parameters()) and model.training
     for step in range(3):
         with torch.no_grad():
             for p in model.parameters(): p.add_(torch.randn_like(p))
@@ -499,6 +541,41 @@ def test_the_average_follows_the_formula_and_holds_buffers_only():
         found = average.model.state_dict()
         assert all(torch.allclose(found[k].double(), e.double(), atol=1e-5) for k, e in expected.items())
     assert average.model.layer1[1].num_batches_tracked == 3
+
+
+def test_whole_numbers_are_copied_and_a_tied_weight_moves_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+            self.head.weight = self.embed.weight
+            self.register_buffer('mask', torch.tensor([True, False]))
+            self.register_buffer('count', torch.tensor(100))
+    model = Tied()
+    average, before = MovingAverage(model, 0.75), model.embed.weight.detach().clone()
+    with torch.no_grad(): model.embed.weight.add_(1)
+    model.mask.copy_(torch.tensor([False, True]))
+    model.count.add_(1)
+    average.update(model)
+    torch.testing.assert_close(average.model.embed.weight, before + 0.25)
+    assert average.model.head.weight is average.model.embed.weight
+    assert average.model.mask.tolist() == [False, True] and average.model.count == 101
+
+
+def test_a_network_may_ask_its_parameters_where_it_is():
+    class Asks(nn.Linear):
+        def forward(self, x): return super().forward(x.to(next(self.parameters()).dtype))
+    assert MovingAverage(Asks(2, 3))(torch.zeros(1, 2)).shape == (1, 3)
+
+
+def test_the_average_can_be_copied_and_comes_back_from_its_state():
+    average, x = MovingAverage(net(0), 0.5), images().get(torch.arange(3)).x
+    average.update(net(1))
+    other, copied = MovingAverage(net(2), 0.5), copy.deepcopy(average)
+    other.load_state_dict(average.state_dict())
+    assert weights(other) == weights(copied) == weights(average) and torch.equal(other(x), average(x))
+    for each in (average, copied, other): each.update(net(3))
+    assert weights(other) == weights(copied) == weights(average)
 
 
 def test_equal_weights_stay_equal_bit_for_bit():
@@ -532,6 +609,29 @@ def test_the_view_loss_is_the_papers():
     assert view_loss(gs.bfloat16(), gt.bfloat16(), c).dtype == torch.float32
     gt.requires_grad_()
     assert not view_loss(gs, gt, c).requires_grad
+
+
+def test_the_view_loss_is_a_mean_over_the_places_of_each_row_that_is_there():
+    g = torch.Generator().manual_seed(0)
+    gs, gt, c = (torch.randn(*s, generator=g).double() * 3 for s in ((3, 4, 5), (3, 4, 5), (5,)))
+    weight = torch.tensor([[1., 0.5, 0., 2.], [0., 0., 0., 0.], [0., 0., 0.1, 0.]]).double()
+    gone = weight == 0
+    gs[gone], gt[gone] = math.nan, math.inf
+    expected = 0.
+    for b in range(3):
+        for l in range(4):
+            if not weight[b, l]: continue
+            p = [math.exp((gt[b, l, k] - c[k]) / 0.5) for k in range(5)]
+            q = [math.exp(gs[b, l, k] / 0.7) for k in range(5)]
+            each = -sum(a / sum(p) * math.log(e / sum(q)) for a, e in zip(p, q))
+            expected += each * weight[b, l].item() / weight[b].sum().item() / 2  # two rows are there
+    gs.requires_grad_()
+    loss = view_loss(gs, gt, c, 0.7, 0.5, weight)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert gs.grad.isfinite().all() and not gs.grad[gone].any() and gs.grad[~gone].any(1).all()
+    assert view_loss(gs, gt, c, weight=torch.zeros(3, 4)) == 0
+    with refused('weight must be a tensor of the shape'): view_loss(gs, gt, c, weight=torch.ones(3))
 
 
 SHAPES = [(((4, 3), (1, 3), (3,)), 'same shape'), (((4, 3), (4, 2), (3,)), 'same shape'),
@@ -594,12 +694,11 @@ def test_student_and_teacher_see_different_views_of_the_same_images():
 
 def slow_self_training(student, data, recipe, m, ts, tt, mc, weight):
     "The whole method again as a plain loop, with a teacher that is a model of its own: SGD without the training loop."
-    from distill_nb.training import plan
     teacher, c = copy.deepcopy(student).eval(), torch.zeros(CLASSES, dtype=torch.float64)
     total = recipe.total_steps(len(data))
     optimizer = recipe.make_optimizer(student.parameters())
     student.train()
-    for step, (index, view) in enumerate(plan(data, recipe, 0, total)):
+    for step, (index, view) in enumerate(data.plan(recipe, 0, total)):
         for group in optimizer.param_groups: group['lr'] = recipe.lr_at(step, total)
         batch = data.get(index, view)
         gs = student(batch.x)
@@ -665,7 +764,10 @@ def test_the_teacher_moves_once_per_optimiser_step_even_in_pieces(monkeypatch):
 def test_only_the_student_trains_and_state_is_complete():
     data, student = images(), net(0)
     objective = SelfTeacher(student, data)
-    assert {id(p) for p in objective.parameters()} == {id(p) for p in student.parameters()}
+    own = {id(p) for p in student.parameters()}
+    assert {id(p) for p in objective.parameters() if p.requires_grad} == own
+    optimizer = RECIPE.make_optimizer(objective.parameters())
+    assert {id(p) for group in optimizer.param_groups for p in group['params']} == own
     assert 'centre' in objective.state_dict() and not any(p.requires_grad for p in objective.buffers())
     before = weights(objective.teacher)
     row = fit(objective, data, RECIPE, valid=data).last
@@ -722,7 +824,7 @@ def test_labelled_images_are_repeated_until_they_are_the_share():
         assert {h.tobytes() for h in more.x.numpy()} == {h.tobytes() for h in data.x.numpy()}
         assert more.y[more.y != UNLABELLED].bincount(minlength=3).tolist() == [times * c for c in (4, 3, 3)]
     with refused('share must be between 0 and 1, but is 1'): repeat_labelled(data, 1)
-    with refused('no image has a label'): repeat_labelled(images().unlabelled([]))
+    with refused('none has a label'): repeat_labelled(images().unlabelled([]))
 
 
 @pytest.mark.parametrize('bad', [dict(momentum=1.), dict(momentum=-0.1), dict(momentum=math.nan), dict(weight=-1.),
@@ -740,14 +842,68 @@ def test_self_teacher_needs_two_views_and_its_own_data():
 
 
 def test_the_centre_is_that_of_all_processes(monkeypatch):
-    "Two processes: the other one's mean is 3 larger."
+    "Two processes: the other one has three places, with logits of 4, 4 and 1."
     objective = SelfTeacher(net(0), images(), centre_momentum=0.5)
     dist = self_distillation.dist
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
-    monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
-    monkeypatch.setattr(dist, 'all_reduce', lambda t: t.add_(t + 3))
-    objective._move_centre(torch.ones(CLASSES))
-    assert torch.allclose(objective.centre, torch.full((CLASSES,), 1.25))  # half of the mean of 1 and 4
+    monkeypatch.setattr(dist, 'all_reduce', lambda t: t.add_(torch.tensor([[9.], [3.]])))
+    objective._move_centre(torch.ones(1, CLASSES))
+    assert torch.allclose(objective.centre, torch.full((CLASSES,), 1.25))  # half of the mean of 1, 4, 4 and 1
+
+
+def test_a_class_for_which_nobody_answers_keeps_its_centre():
+    objective = SelfTeacher(net(0), images(), centre_momentum=0.5)
+    objective.centre.copy_(torch.tensor([1., 2., 3.]))
+    objective._move_centre(torch.tensor([[2., -math.inf, 4.], [4., -math.inf, -math.inf]]))
+    assert objective.centre.tolist() == [2., 2., 3.5]
+    objective._move_centre(torch.empty(0, CLASSES))
+    assert objective.centre.tolist() == [2., 2., 3.5]
+
+
+# --- places that are not there, and data that are no images
+
+def test_a_row_without_weight_is_neither_learned_from_nor_in_the_centre():
+    data = images()
+    kept, batch = torch.tensor([0, 2, 3, 6]), data.get(torch.arange(8), torch.arange(8))
+    weight = torch.zeros(8).index_fill(0, kept, 0.5)
+    found = []
+    for b in (Batch(*(part[kept] for part in batch[:4])), batch._replace(weight=weight)):
+        objective = SelfTeacher(net(0), data).train()
+        objective.model.eval()  # batch statistics are of all rows
+        losses = objective(b)
+        sum(losses.values()).backward()
+        grads = [p.grad for p in objective.model.parameters()]
+        found.append(([loss.item() for loss in losses.values()], grads, objective.centre))
+    (few, few_grads, few_centre), (many, grads, centre) = found
+    assert many == pytest.approx(few, rel=1e-5) and few_centre.any()
+    torch.testing.assert_close((grads, centre), (few_grads, few_centre), rtol=1e-4, atol=1e-6)
+
+
+def test_a_language_model_teaches_itself_where_both_windows_hold_a_byte():
+    data, seen = text(), []
+    torch.manual_seed(0)
+    objective = SelfTeacher(speaker(), data, centre_momentum=0.5).train()
+    objective.teacher.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    index, view = torch.arange(20), torch.arange(20) % 3
+    first = data.get(index, view)
+    losses = objective(first)
+    second = data.get(index, _other_view(index, view, 3))
+    (x, v), = seen
+    assert torch.equal(x, second.x) and not torch.equal(x, first.x)
+    weight = first.weight * second.weight
+    assert 0 < (weight != first.weight).sum()
+    expected = view_loss(objective.model(first.x), v, torch.zeros(BYTES), weight=weight)
+    assert losses['self'].item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(objective.centre, v[weight > 0].mean(0) / 2)
+    history = fit(SelfTeacher(speaker(), data), data, RECIPE, text(seed=1), device='cpu', progress=False)
+    assert set(history.losses) == {'hard', 'self'} and history.last['bits_per_byte'] > 0
+
+
+def test_a_batch_of_a_data_set_without_weights_may_bring_its_own():
+    data = images()
+    batch = data.get(torch.arange(6))._replace(weight=torch.zeros(6))
+    losses = SelfTeacher(net(0), data)(batch)
+    assert {loss.item() for loss in losses.values()} == {0.}
 
 
 @pytest.mark.parametrize('name', ['digit_student', 'resnet20'])
@@ -778,3 +934,46 @@ def test_the_teacher_moves_once_per_step_however_a_loop_clears_the_gradients(to_
         optimizer.step()
         optimizer.zero_grad(set_to_none=to_none)
         assert any(not torch.equal(p, q) for p, q in zip(students, objective.model.parameters()))
+
+
+# --- several processes
+
+SCRIPT = """
+import json, os, sys, torch
+sys.path.insert(0, {tests!r})
+from torch import nn
+from dataclasses import replace
+from test_self_distillation import RECIPE, SelfTeacher, fit, images
+from accelerate import PartialState
+
+def run(out):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # a network without batch statistics, which each process takes from its own part
+    student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    data = images().unlabelled(torch.arange(20))
+    objective = SelfTeacher(student, data, momentum=0.8)
+    losses = fit(objective, data, replace(RECIPE, steps=6), device='cpu', progress=False).losses
+    average = torch.cat([p.flatten() for p in objective.teacher.parameters()])[::100].tolist()
+    found = PartialState().num_processes, losses, objective.centre.tolist(), average
+    if PartialState().is_main_process: json.dump(found, open(out, 'w'))
+
+for rank in (None, 0, 1):  # a run alone, and two processes that meet
+    if not os.fork():
+        if rank is not None:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+            os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}')
+        run({out!r} + ('1' if rank is None else '2'))
+        os._exit(0)
+if any(os.wait()[1] for _ in range(3)): raise SystemExit('a process failed')
+"""
+
+
+def test_two_processes_follow_the_same_average_and_centre_as_one(tmp_path):
+    code = SCRIPT.format(tests=os.path.dirname(__file__), out=str(tmp_path/'run'), port=random.randint(20000, 60000))
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    assert p.returncode == 0, p.stderr
+    one, two = (json.loads((tmp_path/f'run{n}').read_text()) for n in (1, 2))
+    assert (one[0], two[0]) == (1, 2) and max(map(abs, one[2])) > 0
+    for name in one[1]: assert two[1][name] == pytest.approx(one[1][name], rel=1e-3, abs=1e-5)
+    assert [two[2], two[3]] == [pytest.approx(values, rel=1e-3, abs=1e-5) for values in one[2:]]

@@ -12,11 +12,11 @@ from torch import nn
 from distill_nb import training
 from distill_nb.files import fingerprint, read_weights
 from distill_nb.losses import UNLABELLED, DistillationLoss
-from distill_nb.data import CropFlip, ImageData, digits
+from distill_nb.data import CropFlip, Data, ImageData, Measure, ResizedCrop, digits
 from distill_nb.models import digit_student, digit_teacher, evaluating, resnet8
-from distill_nb.training import (DivergedError, Frozen, History, Objective, Recipe, Supervised, best_precision,
-                                 calibration_error, evaluate, fit, fit_device, logits_of, plan, plot_curves, predict,
-                                 read_checkpoint, scheduled, write_checkpoint)
+from distill_nb.training import (Checkpoint, DivergedError, History, Objective, Recipe, Run, Setup, Supervised, Teacher,
+                                 best_precision, check_classes, evaluate, fit, fit_device, logits_of, plot_curves,
+                                 predict, scheduled)
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
 
@@ -38,40 +38,14 @@ def weights(module): return fingerprint(module.state_dict())
 class Distilling(Objective):
     def __init__(self, student, teacher):
         super().__init__(student)
-        self.teacher, self.adapter, self.loss = Frozen(teacher), nn.Linear(3, 3), DistillationLoss(4., 0.5)
+        self.teacher, self.adapter, self.loss = Teacher(teacher), nn.Linear(3, 3), DistillationLoss(4., 0.5)
 
-    def forward(self, batch): return self.loss.parts(self.adapter(self.model(batch.x)), self.teacher(batch), batch.y)
+    def forward(self, batch):
+        z = self.adapter(self.model(batch.x))
+        return self.loss.parts(z, self.teacher(batch), batch.y, batch.weight)
 
 
 # --- evaluation
-
-@pytest.mark.parametrize('shapes', [((4, 3), (4, 1)), ((4, 3), (3,)), ((4, 3), ()), ((0, 3), (0,)), ((4, 1), (4,))])
-def test_calibration_error_refuses_what_would_be_broadcast(shapes):
-    logits, labels = map(torch.zeros, shapes)
-    with pytest.raises(ValueError, match='labels must be of the shape|at least 1 row'):
-        calibration_error(logits, labels.long())
-
-
-def slow_calibration_error(logits, labels, bins):
-    "Guo et al. 2017, eq. 3, bin by bin in numpy."
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    confidence, right, total = p.max(1), p.argmax(1) == labels, 0.
-    for b in range(bins):
-        inside = (confidence >= b / bins) & ((confidence < (b + 1) / bins) if b < bins - 1 else True)
-        if inside.any(): total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    return total
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 10**6))
-def test_calibration_error_is_the_papers(n, classes, bins, seed):
-    g = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(n, classes, generator=g, dtype=torch.float64)
-    labels = torch.randint(classes, (n,), generator=g)
-    expected = slow_calibration_error(logits.numpy(), labels.numpy(), bins)
-    assert calibration_error(logits, labels, bins) == pytest.approx(expected, abs=1e-9)
-
 
 def test_a_masked_class_is_evaluated_as_if_it_were_not_there(masked):
     data = images(classes=3)
@@ -84,8 +58,8 @@ def test_a_masked_class_is_evaluated_as_if_it_were_not_there(masked):
 
 @pytest.mark.parametrize('classes, value, said', [
     ((3,), math.nan, 'logits that are not finite'), ((3,), math.inf, 'logits that are not finite'),
-    ((1, 3), -math.inf, r'masks the right class of 20 of 60 images with -inf, class 1 among them'),
-    ((0, 1, 2, 3), -math.inf, 'masks every class of an image')])
+    ((1, 3), -math.inf, r'masks the right class of 20 of 60 labels with -inf, class 1 among them'),
+    ((0, 1, 2, 3), -math.inf, 'masks every class of a row')])
 def test_logits_that_are_no_answer_are_refused(classes, value, said, masked):
     model = masked(net(classes=4), *classes, value=value)
     with pytest.raises(ValueError, match=said): evaluate(model, replace_classes(images(), 4))
@@ -118,25 +92,322 @@ def test_the_validation_loss_holds_no_distillation_term():
     assert row['valid_loss'] == pytest.approx(evaluate(objective.model, data).loss, rel=1e-5)
 
 
-# --- the frozen teacher
+# --- the teacher
 
-def test_a_frozen_teacher_stays_in_eval_mode_without_gradients_whatever_is_called():
+def test_a_teacher_answers_in_eval_mode_without_gradients_whatever_is_called_and_is_left_as_it_was():
     teacher, data = digit_teacher(), digits().train
     objective = Distilling(digit_student(), teacher)
+    assert all(m.training for m in teacher.modules()) and all(p.requires_grad for p in teacher.parameters())
     batch, before = data.get(torch.arange(16)), weights(teacher)
-    for call in (objective.train, objective.teacher.train, teacher.train, teacher.layer1.train, teacher[1].train):
+    expected = evaluating_answers(teacher, batch.x)
+    for call in (objective.train, objective.teacher.train, teacher.train, teacher.layer1.eval, teacher[1].train):
         call()
-        assert not objective.teacher(batch).requires_grad
-        assert weights(teacher) == before and not any(m.training for m in teacher.modules())
-    assert not any(p.requires_grad for p in teacher.parameters())
+        modes = [m.training for m in teacher.modules()]
+        answer = objective.teacher(batch)
+        assert torch.equal(answer, expected) and not answer.requires_grad
+        assert weights(teacher) == before and [m.training for m in teacher.modules()] == modes
     mine = {id(p) for p in objective.parameters()}
     assert not any(id(p) in mine for p in teacher.parameters())
     assert not any('teacher' in k for k in objective.state_dict())
 
 
-def test_a_frozen_teacher_moves_with_its_objective():
+def evaluating_answers(model, x):
+    with evaluating(model): return model(x)
+
+
+def test_a_teacher_moves_with_its_objective():
     objective = Distilling(net(), net(seed=1)).to(torch.float64)
     assert next(objective.teacher.model.parameters()).dtype == torch.float64
+
+
+def test_a_network_that_taught_is_as_it_was_and_can_be_trained():
+    teacher = net(seed=1, dropout=0.5).train()
+    teacher[1].eval()
+    teacher[1].bias.requires_grad_(False)
+    modes, before = [m.training for m in teacher.modules()], weights(teacher)
+    wanted = [p.requires_grad for p in teacher.parameters()]
+    fit(Distilling(net(), teacher), images(), RECIPE, images())
+    assert [m.training for m in teacher.modules()] == modes and weights(teacher) == before
+    assert [p.requires_grad for p in teacher.parameters()] == wanted
+    assert all(p.grad is None for p in teacher.parameters())
+    fit(Supervised(teacher), images(), RECIPE)
+    assert weights(teacher) != before
+
+
+# --- a teacher's contract
+
+class Gives(nn.Module):
+    "A network whose output is what a function makes of its logits."
+    def __init__(self, model, form):
+        super().__init__()
+        self.model, self.form = model, form
+    def forward(self, x): return self.form(self.model(x))
+
+
+class Output:
+    def __init__(self, logits): self.logits = logits
+
+
+@pytest.mark.parametrize('form, clauses', [
+    (lambda z: z, {}), (lambda z: (z, z + 1), {}), (lambda z: [z], {}), (lambda z: {'loss': 0, 'logits': z}, {}),
+    (Output, {}), (lambda z: {'answer': z}, dict(read=lambda out: out['answer'])),
+    (lambda z: z.log_softmax(1), {}), (lambda z: z.softmax(1), dict(outputs='probabilities')),
+    (lambda z: z.sigmoid(), dict(outputs='sigmoid'))])
+def test_what_a_network_gives_becomes_logits(form, clauses):
+    model, data = net(), images()
+    batch = data.get(torch.arange(8))
+    answer, z = Teacher(Gives(model, form), **clauses)(batch), model(batch.x)
+    torch.testing.assert_close(answer.softmax(1), z.softmax(1), rtol=1e-4, atol=1e-5)
+    assert answer.shape == z.shape and evaluate(Teacher(Gives(model, form), **clauses), data).accuracy >= 0
+
+
+def test_an_output_without_logits_is_refused_by_name():
+    with pytest.raises(ValueError, match='gives a dict, in which no logits were found.*read=function'):
+        Teacher(Gives(net(), lambda z: {'scores': z}))(images().get(torch.arange(2)))
+
+
+def test_a_teacher_is_shown_the_stored_pixels_in_its_own_form_and_never_the_students_picture():
+    "32 pixels, of which the student sees 8 and the teacher 16, in another normalisation, and the same views."
+    stored = images(size=32)
+    students = stored.replace(size=8, mean=[0.9], std=[3.])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 3))
+    teacher = Teacher(model, mean=[0.2], std=[0.7], size=16)
+    theirs = stored.replace(size=16, mean=[0.2], std=[0.7])
+    teacher.check(students)
+    index, view = torch.arange(18), torch.arange(18)
+    assert torch.equal(teacher(students.get(index, view)), model(theirs.get(index, view).x))
+    assert torch.equal(predict(teacher, students), predict(model, theirs))
+    assert evaluate(teacher, students) == evaluate(model, theirs)
+    cropped = stored.replace(augment=ResizedCrop(8))  # a crop of 8 pixels is made anew with 16
+    teacher.leave()
+    teacher.check(cropped)
+    assert torch.equal(teacher(cropped.get(index, view + 5)),
+                       model(theirs.replace(augment=ResizedCrop(16)).get(index, view + 5).x))
+
+
+def test_only_a_picture_that_no_data_set_holds_is_converted():
+    data = images()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 3))
+    teacher = Teacher(model, mean=[0.2], std=[0.7], size=16)
+    teacher.check(data)
+    batch, index = data.get(torch.arange(6)), torch.tensor([0, -1, 2, -1, -1, 5])
+    inside = index >= 0
+    x = torch.where(inside[:, None, None, None], batch.x, (batch.x + batch.x.flip(0)) / 2)
+    mixed = batch._replace(x=x, index=index)
+    own = data.seen(mean=[0.2], std=[0.7], size=16)
+    made, converted = model(own.get(torch.arange(6)).x), model(data.recast(mixed.x, own))
+    assert torch.equal(teacher(mixed)[inside], made[inside])
+    torch.testing.assert_close(teacher(mixed)[~inside], converted[~inside])
+
+
+def test_a_batch_of_other_data_is_no_question_for_a_teacher_with_a_form_of_its_own():
+    data = images()
+    teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(256, 3)), size=16)
+    teacher.check(data)
+    batch = data.get(torch.arange(6))
+    strangers = (images(seed=1).get(torch.arange(6)), data.replace(size=9).get(torch.arange(6)),
+                 batch._replace(x=batch.x.flip(0)), batch._replace(x=batch.x + 0.1))
+    for other in strangers:
+        with pytest.raises(ValueError, match='other inputs than the data set gives.*in 6 of 6 rows.*index -1'):
+            teacher(other)
+    assert teacher(batch).shape == (6, 3)
+    colours = ImageData(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 3, '012')
+    wide = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), size=16)
+    wide.check(colours)
+    assert wide(colours.arranged(colours.get(torch.arange(6)), half=True)).shape == (6, 3)
+
+
+def test_soft_labels_train_and_have_the_shape_of_the_logits():
+    class Soft(ImageData):
+        def get(self, index, view=None):
+            b = super().get(index, view)
+            return b._replace(y=F.one_hot(b.y, 3).float())
+    plain = images()
+    soft = Soft(plain.x, plain.y, plain.classes, augment=plain.augment)
+    def once(data):
+        objective = Distilling(net(), net(seed=1))
+        return fit(objective, data, RECIPE).losses
+    for name, values in once(soft).items(): assert values == pytest.approx(once(plain)[name], rel=1e-4)
+    with pytest.raises(ValueError, match='there are 3 classes'): fit(Supervised(net(classes=4)), soft, RECIPE)
+
+
+def test_a_run_names_a_teachers_function_and_the_class_weights(tmp_path):
+    def run(k, weights, folder=tmp_path):
+        class Taught(Supervised):
+            def __init__(self):
+                super().__init__(net(), class_weights=weights)
+                self.teacher = Teacher(net(seed=1), read=lambda out: k * out)
+        fit(Taught(), images(), RECIPE, folder=folder, resume=True)
+    one = torch.ones(3)
+    run(1, one)
+    run(1, one)
+    for other in ((2, one), (1, 2 * one)):
+        with pytest.raises(ValueError, match='another objective'): run(*other)
+
+
+def test_a_teacher_with_wishes_sees_the_data_of_one_run_at_a_time():
+    data = images()
+    other, teacher = ImageData(data.x, data.y, ['2', '1', '0']), Teacher(net(), classes=['2', '1', '0'])
+    run = Run(Distilling(net(), teacher.model), data, RECIPE)
+    objective = Distilling(net(), net())
+    objective.teacher = teacher
+    first = Run(objective, data, RECIPE)
+    steps = first.steps()
+    next(steps)
+    with pytest.raises(ValueError, match='those that the teacher sees already, in another run: give each run'):
+        teacher.check(other)
+    next(steps)
+    for _ in zip(range(2), run.steps()): pass
+    teacher.check(images())  # the same content
+    with pytest.raises(DivergedError):  # a run that fails lets go of it
+        fit(objective, data, replace(RECIPE, lr=1e30))
+    teacher.check(other)
+
+
+def test_what_a_contract_declares_is_looked_at():
+    data = images()
+    for form, outputs, said in ((lambda z: 9 * z, 'probabilities', "must be 'logits'"),
+                                (lambda z: 9 * z, 'sigmoid', "must be 'logits'"),
+                                (lambda z: z.sigmoid(), 'probabilities', "must be 'logits'"),
+                                (lambda z: z.softmax(1), 'sigmoid', "must be 'probabilities'")):
+        with pytest.raises(ValueError, match=f'outputs {said}'):
+            check_classes(Teacher(Gives(net(), form), outputs=outputs), data, 'it')
+    check_classes(Teacher(Gives(net(), lambda z: z.softmax(1)), outputs='probabilities'), data, 'it')
+    check_classes(Teacher(Gives(net(), lambda z: z.sigmoid()), outputs='sigmoid'), data, 'it')
+
+
+def test_every_tensor_of_a_network_is_in_its_name():
+    class Hidden(nn.Module):
+        def __init__(self, a=0., b=0.):
+            super().__init__()
+            self.register_buffer('a', torch.tensor(a), persistent=False)
+            self.model, self.b = net(), torch.tensor(b)
+        def forward(self, x): return self.model(x) + self.a + self.b
+    names = [Teacher(m).fingerprint() for m in (Hidden(), Hidden(1.), Hidden(0., 1.), Hidden())]
+    assert names[0] == names[3] and len(set(names)) == 3
+    x = torch.zeros(1, 1, 8, 8)
+    traced = [torch.jit.trace(nn.Sequential(net(), end).eval(), x) for end in (nn.ReLU(), nn.Tanh())]
+    assert len({Teacher(m).fingerprint() for m in traced}) == 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_teaches_in_every_precision(dtype):
+    data = images()
+    teacher = net(seed=1).to(dtype)
+    for precision in ('float32', 'bfloat16'):
+        h = fit(Distilling(net(), teacher), data, replace(RECIPE, precision=precision), data)
+        assert all(map(math.isfinite, h.losses['soft']))
+
+
+@pytest.mark.parametrize('given, said', [
+    (dict(data=[1, 2]), 'data must be a data set, .* but is a list'),
+    (dict(data=digits()), 'data must be a data set, .*of Splits, one of the three.*, but is a Splits'),
+    (dict(recipe=3), 'recipe must be a Recipe, but is a int'),
+    (dict(valid=[1]), 'valid must be a data set'), (dict(objective=3), 'objective must be an nn.Module'),
+    (dict(save_every='often'), "save_every must be a number of at least 0, but is 'often'"),
+    (dict(log='x'), 'log must be a function'), (dict(resume='yes'), 'resume must be True or False'),
+    (dict(folder=3), 'folder must be a path'), (dict(setup=3), 'setup must be a Setup')])
+def test_what_is_of_another_kind_is_refused_at_the_door(given, said):
+    whole = dict(objective=Supervised(net()), data=images(), recipe=RECIPE) | given
+    with pytest.raises(ValueError, match=said): fit(**whole)
+
+
+def test_what_is_measured_is_a_number_with_every_name_that_was_promised(tmp_path):
+    class Tensors(ImageData):
+        def measure(self, answers): return {k: torch.tensor(v) for k, v in super().measure(answers).items()}
+    class Less(ImageData):
+        def measure(self, answers): return {'loss': super().measure(answers)['loss']}
+    data = images()
+    valid = Tensors(data.x, data.y, data.classes)
+    fit(Supervised(net()), data, RECIPE, valid, folder=tmp_path)
+    assert type(evaluate(net(), valid).accuracy) is float
+    with pytest.raises(ValueError, match='what data.measure gives must be with accuracy, ece'):
+        evaluate(net(), Less(data.x, data.y, data.classes))
+
+
+def test_a_teacher_with_a_form_of_its_own_must_see_the_data_first():
+    batch = images().get(torch.arange(2))
+    for clauses in (dict(mean=[0.], std=[1.]), dict(size=8), dict(classes=['2', '1', '0'])):
+        with pytest.raises(ValueError, match='must see the data'): Teacher(net(), **clauses)(batch)
+    teacher = Teacher(net(), size=8)
+    teacher.check(images())
+    teacher(batch)
+    teacher.leave()
+    with pytest.raises(ValueError, match='must see the data'): teacher(batch)
+
+
+def test_classes_are_matched_by_name():
+    data, five = images(), net(classes=5)
+    z = five(data.get(torch.arange(9)).x)
+    teacher = Teacher(five, classes=['2', 'cow', '0', 'dog', '1'])
+    teacher.check(data)
+    assert torch.equal(teacher(data.get(torch.arange(9))), z[:, [2, 4, 0]])
+    assert torch.equal(predict(teacher, data)[:9], predict(five, data)[:9, [2, 4, 0]])
+    with pytest.raises(ValueError, match="must know every class of the data, but lacks '1' and 0 more"):
+        Teacher(five, classes=['2', 'cow', '0', 'dog', 'cat']).check(data)
+    with pytest.raises(ValueError, match='different names'): Teacher(five, classes=['0', '0'])
+
+
+def test_fit_shows_a_teacher_the_data_in_its_form():
+    stored, model = images(size=16), nn.Sequential(nn.Flatten(), nn.Linear(256, 3))
+    students = stored.replace(size=8)
+    def learned(teacher, data):
+        objective = Distilling(net(), teacher)
+        objective.teacher = teacher
+        return fit(objective, data, RECIPE).losses['soft'], weights(objective)
+    class Own(nn.Module):  # the same by hand: the picture is looked up by its place
+        def forward(self, batch):
+            with torch.no_grad(): return model(stored.get(batch.index, batch.view).x)
+    by_hand = Own()
+    assert learned(Teacher(model, size=16), students) == learned(by_hand, students)
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda m: m.half(), lambda m: m.double(), lambda m: torch.jit.script(m.eval()), nn.DataParallel,
+    lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, torch.qint8),
+    pytest.param(torch.compile, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings('ignore:.torch.jit.script', 'ignore:torch.ao.quantization', 'ignore::UserWarning')
+def test_a_teacher_may_be_half_quantised_scripted_or_wrapped(wrap):
+    data = images()
+    expected = net(seed=1)(data.get(torch.arange(8)).x)
+    teacher = Teacher(wrap(net(seed=1)))
+    torch.testing.assert_close(teacher(data.get(torch.arange(8))).float(), expected, rtol=2e-2, atol=2e-2)
+    objective = Distilling(net(), teacher.model)
+    assert all(map(math.isfinite, fit(objective, data, RECIPE, data).losses['soft']))
+    assert teacher.fingerprint() != Teacher(wrap(net(seed=2))).fingerprint()
+
+
+def test_a_teachers_fingerprint_covers_weights_structure_and_clauses():
+    class Doubled(nn.Sequential):
+        def forward(self, x): return 2 * super().forward(x)
+    model = net()
+    def read(out): return out
+    different = [Teacher(model), Teacher(net(seed=1)), Teacher(Doubled(*model)), Teacher(model, size=8),
+                 Teacher(model, mean=[0.], std=[1.]), Teacher(model, mean=[0.], std=[2.]), Teacher(model, read=read),
+                 Teacher(model, outputs='probabilities'), Teacher(model, classes=['0', '1', '2'])]
+    assert len({t.fingerprint() for t in different}) == len(different)
+    assert Teacher(nn.DataParallel(model)).fingerprint() == Teacher(model).fingerprint()
+
+
+@pytest.mark.parametrize('clauses, said', [
+    (dict(outputs='odds'), 'outputs must be one of'), (dict(mean=[0.]), 'mean and std must be given together'),
+    (dict(read='logits'), 'read must be a function'), (dict(size=0), 'size must be a whole number'),
+    (dict(mean=0.5, std=1.), 'mean must be a list'), (dict(classes=10), 'classes must be a list of names')])
+def test_a_contract_that_cannot_be_kept_is_refused(clauses, said):
+    with pytest.raises(ValueError, match=said): Teacher(net(), **clauses)
+
+
+def test_what_is_no_network_is_told_so():
+    with pytest.raises(ValueError, match='teacher must be a network.*is a str. Make it with build_model'):
+        Teacher('teacher.pth')
+    with pytest.raises(ValueError, match='teacher must be a network.*is a dict'): Teacher({'a': 1})
+
+
+def test_data_of_another_form_are_refused_where_they_have_only_one():
+    class Three(Data):
+        device = torch.device('cpu')
+    with pytest.raises(ValueError, match='a Three gives its items in one form, but a network wants its own mean, std'):
+        Teacher(net(), mean=[0.], std=[1.]).check(Three())
 
 
 def test_fit_leaves_the_precision_of_other_accelerators_alone():
@@ -217,8 +488,8 @@ def test_a_plan_is_one_stream_however_it_is_cut(n, piece, accumulate, world, ste
     d = images(max(n, 3))
     b = piece * accumulate * world
     r = Recipe(batch_size=b, accumulate=accumulate, seed=5)
-    one = [torch.stack(p) for p in plan(d, replace(r, accumulate=1), 0, steps)]
-    pieces = [[torch.stack(p) for p in plan(d, r, 0, steps, rank, world, chunk)] for rank in range(world)]
+    one = [torch.stack(p) for p in d.plan(replace(r, accumulate=1), 0, steps)]
+    pieces = [[torch.stack(p) for p in d.plan(r, 0, steps, rank, world, chunk)] for rank in range(world)]
     order = [(k % world, k // world) for k in range(accumulate * world)]
     joined = [torch.cat([pieces[rank][s * accumulate + i] for rank, i in order], 1) for s in range(steps)]
     assert torch.equal(torch.stack(joined), torch.stack(one))
@@ -226,13 +497,13 @@ def test_a_plan_is_one_stream_however_it_is_cut(n, piece, accumulate, world, ste
     for start in range(0, len(stream) - len(d) + 1, len(d)):
         assert sorted(stream[start:start + len(d)].tolist()) == list(range(len(d)))
     cut = data.draw(st.integers(0, steps))
-    again = [torch.stack(p) for p in plan(d, replace(r, accumulate=1), cut, steps)]
+    again = [torch.stack(p) for p in d.plan(replace(r, accumulate=1), cut, steps)]
     assert all(torch.equal(x, y) for x, y in zip(again, one[cut:], strict=True))
 
 
 def test_without_augmentation_every_view_is_the_image_itself():
-    assert all((v == 0).all() for _, v in plan(images(), replace(RECIPE, augment=False), 0, 5))
-    assert any((v != 0).any() for _, v in plan(images(), RECIPE, 0, 5))
+    assert all((v == 0).all() for _, v in images().plan(replace(RECIPE, augment=False), 0, 5))
+    assert any((v != 0).any() for _, v in images().plan(RECIPE, 0, 5))
 
 
 # --- the run
@@ -256,7 +527,7 @@ def test_fit_takes_the_naive_loops_steps_on_schedule():
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     loss = DistillationLoss(4., 0.5)
     recipe = replace(RECIPE, schedule='cosine', warmup=0.2)
-    for step, (index, view) in enumerate(plan(data, recipe, 0, 20)):
+    for step, (index, view) in enumerate(data.plan(recipe, 0, 20)):
         optimizer.param_groups[0]['lr'] = recipe.lr_at(step, 20)
         b = data.get(index, view)
         with torch.no_grad(): teacher_logits = teacher(b.x)
@@ -266,7 +537,7 @@ def test_fit_takes_the_naive_loops_steps_on_schedule():
     class Plain(Objective):
         def __init__(self, student):
             super().__init__(student)
-            self.teacher, self.loss = Frozen(teacher), loss
+            self.teacher, self.loss = Teacher(teacher), loss
         def forward(self, b): return self.loss.parts(self.model(b.x), self.teacher(b), b.y)
     student = digit_student()
     student.load_state_dict(start)
@@ -280,6 +551,78 @@ def test_pieces_of_a_batch_make_the_step_of_the_batch():
         fit(objective, images(), replace(RECIPE, **changes))
         return torch.cat([p.detach().flatten() for p in objective.parameters()])
     torch.testing.assert_close(once(accumulate=4), once(), rtol=1e-5, atol=1e-6)
+
+
+class Weighted(ImageData):
+    "Images of which some are not there: the first half always, the second half every third."
+    def get(self, index, view=None):
+        batch = super().get(index, view)
+        return batch._replace(weight=((batch.index < len(self) // 2) | (batch.index % 3 == 0)).float())
+
+
+def weighted(data):
+    return Weighted(data.x, data.y, data.classes, mean=data.mean, std=data.std, augment=data.augment)
+
+
+@pytest.mark.parametrize('accumulate', [2, 8])
+def test_pieces_in_which_fewer_rows_count_make_the_step_of_the_batch(accumulate):
+    plain, data = images(), weighted(images())
+    def once(data, **changes):
+        objective = Distilling(net(), net(seed=1))
+        h = fit(objective, data, replace(RECIPE, **changes))
+        return torch.cat([p.detach().flatten() for p in objective.parameters()]), h.losses['soft']
+    (whole, losses), (pieces, in_pieces) = once(data), once(data, accumulate=accumulate)
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)
+    assert in_pieces == pytest.approx(losses, rel=1e-4)
+    assert (once(plain)[0] - whole).abs().max() > 1e-3
+
+
+def test_a_piece_in_which_nothing_counts_changes_nothing():
+    class Nothing(Weighted):
+        def get(self, index, view=None):
+            batch = super().get(index, view)
+            return batch._replace(weight=torch.zeros_like(batch.weight))
+    plain = images()
+    objective, before = Supervised(net()), weights(net())
+    h = fit(objective, Nothing(plain.x, plain.y, plain.classes), replace(RECIPE, weight_decay=0., accumulate=2))
+    assert weights(objective.model) == before and set(h.losses['hard']) == {0.}
+
+
+def test_a_weight_in_some_pieces_only_is_refused():
+    class Sometimes(Weighted):
+        at = 0
+        def get(self, index, view=None):
+            self.at += 1
+            batch = super().get(index, view)
+            return batch if self.at % 2 == first else batch._replace(weight=None)
+    data = images()
+    for first in (0, 1):
+        with pytest.raises(ValueError, match='weight must be given with every piece of a batch or with none'):
+            fit(Supervised(net()), Sometimes(data.x, data.y, data.classes), replace(RECIPE, accumulate=4))
+
+
+def test_a_split_that_measures_nothing_is_refused():
+    class Mute(ImageData): measures = ()
+    data = images()
+    with pytest.raises(ValueError, match='measures of valid must be at least one Measure'):
+        fit(Supervised(net()), data, RECIPE, Mute(data.x, data.y, data.classes))
+
+
+def test_every_row_goes_to_the_log_of_the_setup():
+    rows = []
+    h = fit(Supervised(net()), images(), RECIPE, images(), setup=Setup(progress=False, log=rows.append))
+    assert rows == h.rows and len(rows) > 1
+    with pytest.raises(ValueError, match='the setup of a run has folder, .*log, but was given fold'):
+        fit(Supervised(net()), images(), RECIPE, fold='run')
+
+
+def test_runs_can_be_stepped_side_by_side_in_different_precisions():
+    def stepped(precisions):
+        runs = [Run(Supervised(net()), images(), replace(RECIPE, precision=p)) for p in precisions]
+        for _ in zip(*(run.steps() for run in runs)): pass
+        return [weights(run.objective.model) for run in runs]
+    both = stepped(['float32', 'bfloat16'])
+    assert both == stepped(['float32']) + stepped(['bfloat16']) and both[0] != both[1]
 
 
 def test_clipping_bounds_the_step():
@@ -324,12 +667,14 @@ def test_the_history_tells_every_step_and_survives_json():
 def test_curves_hold_every_loss_of_every_run_and_leave_out_what_was_not_measured():
     from matplotlib.figure import Figure
     def axes(): return Figure().subplots(1, 2)
-    with_valid = History([{'step': 3, 'epoch': 0.5, 'accuracy': 0.4}], {'hard': [3., 2., 1.], 'soft': [1., 1., 1.]})
+    with_valid = History([{'step': 3, 'epoch': 0.5, 'accuracy': 0.4}], {'hard': [3., 2., 1.], 'soft': [1., 1., 1.]},
+                         measure=Measure('accuracy'))
     without = History([{'step': 3, 'epoch': 0.5}], {'hard': [3., 2., 1.]})
     left, right = axes()
     plot_curves({'a': with_valid, 'b': without}, (left, right))
     assert [line.get_label() for line in left.lines] == ['a: hard', 'a: soft', 'b: hard']
-    assert [(line.get_label(), list(line.get_xdata())) for line in right.lines] == [('a', [3])] and right.get_visible()
+    assert [(line.get_label(), list(line.get_xdata())) for line in right.lines] == [('a', [3])]
+    assert right.get_visible() and right.get_ylabel() == 'validation accuracy'
     left, right = axes()
     plot_curves({'b': without}, (left, right), 'epoch')
     assert len(left.lines) == 2 and not right.get_visible()
@@ -346,12 +691,12 @@ def test_curves_hold_every_loss_of_every_run_and_leave_out_what_was_not_measured
 def test_one_sentence_says_why_a_model_gives_no_logits():
     model, x = net().train(), images().get(torch.arange(2)).x
     assert logits_of(model, x, 'it').shape == (2, 3) and model.training
-    with pytest.raises(ValueError, match=r'the student does not take images of shape \(1, 8, 4\): .') as e:
+    with pytest.raises(ValueError, match=r'the student does not take inputs of shape \(1, 8, 4\): .') as e:
         logits_of(model, x[..., :4], 'the student')
     assert '\n' not in str(e.value) and model.training
     class Two(nn.Module):
         def forward(self, x): return model(x), model(x)
-    with pytest.raises(ValueError, match='it must map images to a tensor of logits, but gives a tuple'):
+    with pytest.raises(ValueError, match='it must map inputs to a tensor of logits, but gives a tuple'):
         logits_of(Two(), x, 'it')
 
 
@@ -361,7 +706,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step():
     with pytest.raises(ValueError, match='3 classes'): fit(Untouchable(net(classes=4)), images(), RECIPE)
     def refused(said, data=images(), recipe=RECIPE, device=None):
         with pytest.raises(ValueError, match=said): fit(Untouchable(net()), data, recipe, device=device)
-    refused(r'does not take images of shape \(1, 6, 6\)', images(size=6))
+    refused(r'does not take inputs of shape \(1, 6, 6\)', images(size=6))
     refused('batch_size must be a multiple', recipe=replace(RECIPE, accumulate=5))
     refused('float16', recipe=replace(RECIPE, precision='float16'), device='cpu')
     refused('device must', device='abacus')
@@ -382,7 +727,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with pytest.raises(DivergedError, match=said) as e:
         fit(Poisoned(net()), images(), RECIPE, folder=tmp_path, save_every=0)
     assert isinstance(e.value, ValueError)
-    tensors, meta = read_checkpoint(tmp_path/'checkpoint.safetensors')
+    tensors, meta = Checkpoint(tmp_path).read()
     assert meta['step'] <= 12 and not meta['done']
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
     with pytest.raises(DivergedError, match='no checkpoint was written'): fit(Poisoned(net()), images(), RECIPE)
@@ -433,10 +778,10 @@ def test_an_objective_that_returns_something_else_is_told_so(function, said):
 
 
 def test_what_cannot_train_is_refused(tmp_path):
-    frozen = Frozen(net()).model
-    with pytest.raises(ValueError, match='frozen in place'): fit(Supervised(frozen), images(), RECIPE)
+    fixed = net().requires_grad_(False)
+    with pytest.raises(ValueError, match='no weight that trains'): fit(Supervised(fixed), images(), RECIPE)
     with pytest.raises(ValueError, match='nn.Module'): fit(lambda b: {}, images(), RECIPE)
-    with pytest.raises(ValueError, match='no image has a label'):
+    with pytest.raises(ValueError, match='none has a label'):
         fit(Supervised(net()), images().unlabelled([]), RECIPE)
     with pytest.raises(ValueError, match='4 classes'): fit(Supervised(net()), images(), RECIPE, valid=images(classes=4))
     with pytest.raises(ValueError, match='some have none'): evaluate(net(), images().unlabelled([0, 1, 2]))
@@ -477,7 +822,7 @@ def test_a_run_that_resumes_remembers_its_first_losses(tmp_path, interrupt):
 
 def test_a_label_that_the_model_masks_is_named(masked):
     "It is no matter of the learning rate, in the losses as little as on the validation split."
-    said = r"masks the right class of \d+ of \d+ images with -inf, class 1 among them"
+    said = r"masks the right class of \d+ of \d+ labels with -inf, class 1 among them"
     for valid in (None, images()):
         with pytest.raises(ValueError, match=said) as e: fit(Supervised(masked(net(), 1)), images(), RECIPE, valid)
         assert not isinstance(e.value, DivergedError) and 'learning rate' not in str(e.value)
@@ -531,12 +876,12 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_kept(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    path = tmp_path/'checkpoint.safetensors'
-    write_checkpoint(path, {'x': torch.ones(2)}, {'step': 1})
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.write({'x': torch.ones(2)}, {'step': 1})
     def full(fd): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='No space left'): write_checkpoint(path, {'x': torch.zeros(2)}, {'step': 2})
-    assert read_checkpoint(path)[1] == {'step': 1} and [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(OSError, match='No space left'): checkpoint.write({'x': torch.zeros(2)}, {'step': 2})
+    assert checkpoint.read()[1] == {'step': 1} and list(tmp_path.iterdir()) == [checkpoint.path]
 
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
@@ -546,7 +891,7 @@ def test_a_resume_in_channels_last_puts_the_optimisers_memory_beside_its_weights
         torch.manual_seed(0)
         objective = Supervised(resnet8(len(data.classes), data.channels))
         calls = interrupt(objective, stop)
-        fit(objective, data, recipe, None, folder, resume=True, save_every=0)
+        fit(objective, data, recipe, folder=folder, resume=True, save_every=0)
         return objective.model.state_dict(), len(calls)
     whole, _ = run(tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', 6)
@@ -590,7 +935,7 @@ class Slow(Distilling):
     pass
 objective = Slow(net(dropout=0.2), net(seed=1))
 recipe = replace(RECIPE, steps=1500, optimizer={optimizer!r}, precision='float32')
-h = fit(objective, images(600), recipe, images(), {folder!r}, resume=True, save_every=0, progress=False)
+h = fit(objective, images(600), recipe, images(), folder={folder!r}, resume=True, save_every=0, progress=False)
 print(weights(objective), len(h.losses['soft']), sum(h.losses['soft']))
 '''
 
@@ -610,7 +955,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path, 
         time.sleep(random.uniform(0, 0.4))
         p.send_signal(signal.SIGKILL)
         p.communicate()
-        killed_at.append(read_checkpoint(path)[1]['step'])
+        killed_at.append(Checkpoint(path.parent).read()[1]['step'])
     resumed = start(tmp_path/'killed')
     assert resumed.communicate()[0] == whole.communicate()[0] != ''
     assert whole.returncode == resumed.returncode == 0 and min(killed_at) < 1500
@@ -619,21 +964,22 @@ def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path, 
 LAUNCHED = '''
 import json, sys, torch
 sys.path.insert(0, {tests!r})
-from test_training import images, net, Distilling, RECIPE
+from test_training import images, net, weighted, Distilling, RECIPE
 from distill_nb.training import fit
 from accelerate import PartialState
 objective = Distilling(net(), net(seed=1))
-h = fit(objective, images(), RECIPE, images(), {folder!r}, device='cpu', progress=False)
+h = fit(objective, {data}, RECIPE, images(), folder={folder!r}, device='cpu', progress=False)
 state = PartialState()
 if state.is_main_process: json.dump([state.num_processes, h.losses, h.last['accuracy']], open({out!r}, 'w'))
 '''
 
 
-def test_two_processes_reach_the_loss_curve_of_one(tmp_path):
+@pytest.mark.parametrize('data', ['weighted(images())', pytest.param('images()', marks=pytest.mark.slow)])
+def test_two_processes_reach_the_loss_curve_of_one(tmp_path, data):
     def curve(n):
         script, out = tmp_path/f'{n}.py', tmp_path/f'{n}.json'
-        here = os.path.dirname(__file__)
-        script.write_text(LAUNCHED.format(tests=here, folder=str(tmp_path/f'run{n}'), out=str(out)))
+        places = dict(tests=os.path.dirname(__file__), folder=str(tmp_path/f'run{n}'), out=str(out), data=data)
+        script.write_text(LAUNCHED.format(**places))
         launch = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--cpu', '--num_processes', '1',
                   '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', str(script)]
         # on a CPU `accelerate launch` starts one process, as on one of several machines;
