@@ -199,7 +199,10 @@ def missing(self:_Answers, rows):
 
 # %% ../nbs/06_cache.ipynb #68292729
 @patch
-def write(self:_Answers, rows, records):
+def write(self:_Answers,
+    rows, # Where, shape (B,)
+    records, # New answers as the form packs them, shape (B, words)
+):
     "Keep new answers, packed, in these rows."
     there = self.store.device
     rows, records = rows.to(there), torch.cat([records, _checksum(records, rows)], 1).to(there)
@@ -431,6 +434,7 @@ def answered(self:CachedTeacher):
 
 @patch
 def extra_repr(self:CachedTeacher):
+    "How many answers in which form, and what they take."
     form, n, views = self.form, len(self.data), self.data.n_views
     kept = f'top {form.top} of {form.classes:,}' if form.top else f'{form.classes:,}'
     places = f' x {math.prod(form.lead):,} places' if form.lead else ''

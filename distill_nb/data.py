@@ -260,13 +260,14 @@ class Measured(dict):
 class Data:
     "What training asks of a data set; a subclass adds what only it can know."
     n_views = 1  # of every item
-    measures = ()  # what `measure` gives, as Measure; the first is primary
+    measures = ()  # what is measured, as Measure; the first is primary
     chance = None  # share of each class, (C,), which is what a guesser knows; None: not known
 
     def __getattr__(self, name):
-        asked = name in 'classes device get measure to subset fingerprint'.split()
-        why = f'a data set needs {name!r}, which {type(self).__name__} lacks' if asked else name
-        raise AttributeError(why)
+        own, asked = type(self).__name__, 'classes device get measure to subset fingerprint'
+        if name in asked.split():
+            raise AttributeError(f'a data set needs {name!r}, which {own} lacks')
+        raise AttributeError(f'{own!r} object has no attribute {name!r}')
 
     @property
     def labelled(self):
@@ -275,13 +276,19 @@ class Data:
 
 # %% ../nbs/02_data.ipynb #a6de0b42
 @patch
-def view_at(self:Data, index, number):
-    "The view that is item `index`'s view `number`, both (B,); here they are the same."
+def view_at(self:Data,
+    index:Tensor,  # Positions, shape (B,)
+    number:Tensor,  # Which of the item's views: from 0 to n_views-1, shape (B,)
+)->Tensor:  # Numbers of views, int64, shape (B,)
+    "The first view that an item shows, its second, and so on; here the count is the number."
     return number
 
 @patch
-def view_number(self:Data, index, view):
-    "Which of item `index`'s views this is: undoes `view_at`."
+def view_number(self:Data,
+    index:Tensor,  # Positions, shape (B,)
+    view:Tensor,  # Numbers of views, shape (B,)
+)->Tensor:  # int64, shape (B,)
+    "Where in its item's list a view stands: undoes what gave it."
     return view
 
 # %% ../nbs/02_data.ipynb #a6de0b16
@@ -296,8 +303,11 @@ def view_of(self:Data,
     return self.view_at(index, mix(seed, epoch, index) % self.n_views)
 
 @patch
-def arranged(self:Data, batch, half):
-    "The batch in the order of memory that is fastest (`half`: in 16 bits); most have only one."
+def arranged(self:Data,
+    batch:Batch,  # Of these data
+    half:bool,  # Is it computed in 16 bits?
+)->Batch:
+    "The batch in the order of memory that is fastest; most data have only one."
     return batch
 
 # %% ../nbs/02_data.ipynb #a6de0b17
@@ -398,14 +408,21 @@ def side(self:ImageData):
 
 # %% ../nbs/02_data.ipynb #62ea0ddf
 @patch(as_prop=True)
-def mean(self:ImageData): return self.sight.mean
+def mean(self:ImageData):
+    "Of each channel, on the scale 0 to 1; it is subtracted."
+    return self.sight.mean
 
 @patch(as_prop=True)
-def std(self:ImageData): return self.sight.std
+def std(self:ImageData):
+    "Of each channel, on the scale 0 to 1; the rest is divided by it."
+    return self.sight.std
 
 @patch(as_prop=True)
-def augment(self:ImageData): return self.sight.augment
+def augment(self:ImageData):
+    "What makes the views."
+    return self.sight.augment
 
+# %% ../nbs/02_data.ipynb #a6de0b44
 @patch(as_prop=True)
 def size(self:ImageData):
     "Side of the images that the model sees."

@@ -52,7 +52,7 @@ class Teacher(nn.Module):
         self.__dict__['model'] = _network(model)  # not registered
         self.classes, self.mean, self.std, self.size = classes, mean, std, size
         self.outputs, self.read = outputs, read
-        self._data = self._own = self._order = None  # what `check` shows it
+        self._data = self._own = self._order = None  # the data of a run, once they are shown
         self._check_clauses()
 
 # %% ../nbs/04_training.ipynb #a6de0b26
@@ -813,7 +813,8 @@ def _begin(self:Run, data, valid):
     self.made_from = self._made_from()
     kept = self.checkpoint and self.checkpoint.kept(self.made_from, self.setup.resume)
     self._place()
-    try: kept and self._restore(*kept)
+    if not kept: return
+    try: self._restore(*kept)
     except BaseException:
         self._unwrap()
         raise

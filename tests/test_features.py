@@ -1,5 +1,5 @@
 """Feature distillation: each loss against its paper's equation in loops of float64, taps without a trace."""
-import copy, itertools, json, math, os, random, subprocess, sys
+import copy, itertools, math
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, Fe
                                  plot_similarity, rkd_angle_loss, rkd_distance_loss, stage_names, stage_pairs, tap)
 
 from networks import bits, same as same_bits
+from processes import alone_and_together
 from tokens import speaker, text, trained_speaker
 
 quick = settings(deadline=None, max_examples=12)
@@ -823,44 +824,24 @@ def test_similarity_and_pictures(teacher):
 
 # --- several processes
 
-SCRIPT = """
-import json, os, sys, torch
-sys.path.insert(0, {tests!r})
-from torch import nn
-from dataclasses import replace
+RUN = """
 from test_features import AttentionTransfer, FeatureDistill, Hint, Supervised, fit, images, RECIPE
-from accelerate import PartialState
 
 def net(width, seed):  # without batch statistics, which each process takes from its own part
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36 * width, 3))
 
-def run(out):
-    torch.set_num_threads(1)
+def run():
     teacher = net(6, 1)
     fit(Supervised(teacher), images(), RECIPE, device='cpu', progress=False)
     terms = dict(hint=(Hint('0', '0'), 100.), attention=(AttentionTransfer('0', '1'), 1000.))
     objective = FeatureDistill(net(2, 0), teacher, terms)
-    h = fit(objective, images(), replace(RECIPE, steps=6), images(), device='cpu', progress=False)
-    if PartialState().is_main_process: json.dump([PartialState().num_processes, h.losses], open(out, 'w'))
-
-for rank in (None, 0, 1):  # a run alone, and two processes that meet
-    if not os.fork():
-        if rank is not None:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-            os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}')
-        run({out!r} + ('1' if rank is None else '2'))
-        os._exit(0)
-if any(os.wait()[1] for _ in range(3)): raise SystemExit('a process failed')
+    return [fit(objective, images(), replace(RECIPE, steps=6), images(), device='cpu', progress=False).losses]
 """
 
 
 def test_two_processes_reach_the_loss_curve_of_one(tmp_path):
-    code = SCRIPT.format(tests=os.path.dirname(__file__), out=str(tmp_path/'run'), port=random.randint(20000, 60000))
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
-    assert p.returncode == 0, p.stderr
-    one, two = (json.loads((tmp_path/f'run{n}').read_text()) for n in (1, 2))
+    one, two = alone_and_together(RUN, tmp_path)
     assert (one[0], two[0]) == (1, 2) and set(one[1]) == {'hard', 'soft', 'hint', 'attention'}
     for name in one[1]: assert two[1][name] == pytest.approx(one[1][name], rel=1e-3, abs=1e-5)
 

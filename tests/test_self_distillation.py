@@ -1,5 +1,5 @@
 """Self-distillation: generations, exits that the deepest teaches, and a network taught by its own moving average."""
-import copy, json, math, os, random, subprocess, sys
+import copy, math
 from dataclasses import replace
 
 import pytest
@@ -19,6 +19,7 @@ from distill_nb.self_distillation import (BeYourOwnTeacher, EarlyExits, Ensemble
                                           generation_seed, measure_exits, plot_exits, repeat_labelled, run_until,
                                           sure_curve, sure_exit, view_loss)
 from distill_nb.zoo import build_model
+from processes import alone_and_together
 from tokens import BYTES, speaker, text
 
 RECIPE = Recipe(steps=20, batch_size=16, lr=0.05, precision='float32')
@@ -938,42 +939,22 @@ def test_the_teacher_moves_once_per_step_however_a_loop_clears_the_gradients(to_
 
 # --- several processes
 
-SCRIPT = """
-import json, os, sys, torch
-sys.path.insert(0, {tests!r})
-from torch import nn
-from dataclasses import replace
+RUN = """
 from test_self_distillation import RECIPE, SelfTeacher, fit, images
-from accelerate import PartialState
 
-def run(out):
-    torch.set_num_threads(1)
+def run():
     torch.manual_seed(0)  # a network without batch statistics, which each process takes from its own part
     student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     data = images().unlabelled(torch.arange(20))
     objective = SelfTeacher(student, data, momentum=0.8)
     losses = fit(objective, data, replace(RECIPE, steps=6), device='cpu', progress=False).losses
     average = torch.cat([p.flatten() for p in objective.teacher.parameters()])[::100].tolist()
-    found = PartialState().num_processes, losses, objective.centre.tolist(), average
-    if PartialState().is_main_process: json.dump(found, open(out, 'w'))
-
-for rank in (None, 0, 1):  # a run alone, and two processes that meet
-    if not os.fork():
-        if rank is not None:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-            os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}')
-        run({out!r} + ('1' if rank is None else '2'))
-        os._exit(0)
-if any(os.wait()[1] for _ in range(3)): raise SystemExit('a process failed')
+    return losses, objective.centre.tolist(), average
 """
 
 
 def test_two_processes_follow_the_same_average_and_centre_as_one(tmp_path):
-    code = SCRIPT.format(tests=os.path.dirname(__file__), out=str(tmp_path/'run'), port=random.randint(20000, 60000))
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
-    assert p.returncode == 0, p.stderr
-    one, two = (json.loads((tmp_path/f'run{n}').read_text()) for n in (1, 2))
+    one, two = alone_and_together(RUN, tmp_path)
     assert (one[0], two[0]) == (1, 2) and max(map(abs, one[2])) > 0
     for name in one[1]: assert two[1][name] == pytest.approx(one[1][name], rel=1e-3, abs=1e-5)
     assert [two[2], two[3]] == [pytest.approx(values, rel=1e-3, abs=1e-5) for values in one[2:]]
