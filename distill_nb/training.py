@@ -1061,18 +1061,25 @@ def _forget(objective):
     for m in objective.modules():
         if isinstance(m, Teacher): m.leave()
 
+def _in_plain_order(m):
+    "Do a module's own tensors lie in memory as they are written, row after row?"
+    own = chain(m.parameters(recurse=False), m.buffers(recurse=False))
+    return all(t.is_contiguous() for t in own)
+
+# %% ../nbs/04_training.ipynb #a6de0b45
 @contextmanager
 def _borrowed(objective, device):
     "Let a run use the objective, its teachers and the generators; then give them back."
     rng = torch.random.fork_rng([device] if device.type == 'cuda' else [])
     hidden = set(_parts(objective)) - set(objective.modules())
-    modes = [(m, m.training) for m in hidden]
+    modes, plain = [(m, m.training) for m in hidden], [m for m in hidden if _in_plain_order(m)]
     with rng, placed(objective, device):
         try:
             for m, _ in modes: m.training = False  # once, instead of in every step
             yield
         finally:
             for m, mode in modes: m.training = mode
+            for m in plain: m._apply(lambda t: t.contiguous(), recurse=False)
             _forget(objective)
 
 # %% ../nbs/04_training.ipynb #a19ad33a

@@ -134,6 +134,14 @@ def test_a_network_that_taught_is_as_it_was_and_can_be_trained():
     assert weights(teacher) != before
 
 
+def test_a_teacher_gets_its_order_of_memory_back():
+    student, teacher = (nn.Sequential(resnet8(3, 1), nn.Flatten()) for _ in range(2))
+    objective = Supervised(student)
+    objective.teacher = Teacher(teacher)
+    fit(objective, images(), replace(RECIPE, steps=1, precision='bfloat16'))
+    assert all(p.is_contiguous() for p in teacher.parameters())
+
+
 # --- a teacher's contract
 
 class Gives(nn.Module):
