@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 
-from .files import must, whole
+from .files import must, number, whole
 from .losses import UNLABELLED, check_rows
 
 # %% ../nbs/02_data.ipynb #0ad28a7a
@@ -347,12 +347,15 @@ class Sight:
     augment: object = CropFlip()  # Makes the views: a CropFlip or a ResizedCrop
     size: int = None  # Side of the images that the model sees; what augment gives if None
     views: int = None  # Show only this many views of each image; all that augment has if None
+    crop: float = 1.  # Share of a view's side that is shown, from its centre
 
-    def wanting(self, mean=None, std=None, size=None):
-        "The same views for a network that wants another normalisation or size."
-        changes = {k: v for k, v in dict(mean=mean, std=std, size=size).items() if v is not None}
+    def wanting(self, mean=None, std=None, size=None, crop=None):
+        "The same views for a network that wants another normalisation, or another size and crop."
+        if size: crop = crop or 1.  # a size alone means the whole view
+        wanted = dict(mean=mean, std=std, size=size, crop=crop)
+        changes = {k: v for k, v in wanted.items() if v is not None}
         if size and hasattr(self.augment, 'size'):
-            changes['augment'] = replace(self.augment, size=size)
+            changes['augment'] = replace(self.augment, size=round(size/crop))
         return replace(self, **changes)
 
 # %% ../nbs/02_data.ipynb #dd5e0aae
@@ -381,7 +384,7 @@ class ImageData(Data):
         y:Tensor,  # Labels, integers, shape (N,); UNLABELLED where there is none
         classes:list,  # Names of the classes; label 0 is the first
         name:str='',  # For tables and messages
-        **sight,  # Fields of Sight: mean, std, augment, size, views
+        **sight,  # Fields of Sight: mean, std, augment, size, views, crop
     ):
         self.x = _images(x)
         self._set_labels(y, classes, len(self.x), self.x.device)
@@ -426,7 +429,12 @@ def augment(self:ImageData):
 @patch(as_prop=True)
 def size(self:ImageData):
     "Side of the images that the model sees."
-    return self.sight.size or getattr(self.augment, 'size', self.side)
+    return self.sight.size or round(self.crop*getattr(self.augment, 'size', self.side))
+
+@patch(as_prop=True)
+def crop(self:ImageData):
+    "Share of a view's side that is shown, from its centre; 1 is all of it."
+    return self.sight.crop
 
 @patch(as_prop=True)
 def n_views(self:ImageData):
@@ -464,6 +472,7 @@ def _check_sight(self:ImageData):
     "Refuse a sight that does not fit the images."
     s, n = self.sight, self.augment.n
     if s.size is not None: whole('size', s.size)
+    must(0 < number(s.crop) <= 1, 'crop', s.crop, 'greater than 0 and at most 1')
     must(s.views is None or isinstance(s.views, int) and 1 <= s.views <= n, 'views', s.views,
          f'a whole number from 1 to the {n:,} that {s.augment} has')
     for name, values in (('mean', s.mean), ('std', s.std)):
@@ -496,6 +505,7 @@ def _set(self:ImageData, sight, **content):
 @patch
 def __repr__(self:ImageData):
     shown = f' shown as {self.size}×{self.size}' if self.size != self.side else ''
+    if self.crop != 1: shown += f', the centre of {round(self.size/self.crop)}²'
     images = f'{len(self):,} images {self.channels}×{self.side}×{self.side}{shown}'
     views = 'no augmentation' if self.n_views == 1 else f'{self.n_views:,} views'
     about = f'{images}, {len(self.classes)} classes, {views}, {self.device}'
@@ -509,10 +519,15 @@ def pixels(self:ImageData,
     "The images as they are stored."
     return self.x[index]
 
+def _centre(x, size):
+    "The middle of images (B, channels, H, W), cut out: (B, channels, size, size)."
+    top, left = (round((n - size)/2) for n in x.shape[-2:])
+    return x[..., top:top + size, left:left + size]
+
 @patch
 def _finish(self:ImageData, x, index, view):
     "From stored pixels to a `Batch`."
-    x = resize(self.augment(x, view), self.size)
+    x = _centre(resize(self.augment(x, view), round(self.size/self.crop)), self.size)
     return Batch(x.float().mul_(self._scale).add_(self._shift), self.y[index], index, view)
 
 # %% ../nbs/02_data.ipynb #7caa8dfb
@@ -594,7 +609,7 @@ def _copy(self:ImageData, sight=None, **content):
 
 @patch
 def replace(self:ImageData,
-    **changes,  # A new name, or new values of fields of Sight: mean, std, augment, size, views
+    **changes,  # A new name, or new values of fields of Sight: mean, std, augment, size and so on
 )->ImageData:
     "A copy with another name, or seen otherwise."
     own = [f.name for f in fields(Sight)]
@@ -608,9 +623,9 @@ def replace(self:ImageData,
 # %% ../nbs/02_data.ipynb #a6de0b20
 @patch
 def seen(self:ImageData, **wanted):
-    "The same images and views in the normalisation (mean, std) and size that a network wants."
+    "The same images and views in the normalisation, size and crop that a network wants."
     new = self._copy(self.sight.wanting(**wanted))
-    form = lambda d: (d.mean, d.std, d.size, d.augment)
+    form = lambda d: (d.mean, d.std, d.size, d.crop, d.augment)
     return self if form(new) == form(self) else new
 
 @patch
@@ -620,7 +635,8 @@ def recast(self:ImageData,
 )->Tensor:  # The images in the form of the other, shape (B, channels, size, size)
     "Images of the caller's own in another form."
     pixels = (x - self._shift)/self._scale  # 0 to 255
-    return resize(pixels*other._scale + other._shift, other.size)
+    share = min(1, other.crop/self.crop)
+    return _centre(resize(pixels*other._scale + other._shift, round(other.size/share)), other.size)
 
 # %% ../nbs/02_data.ipynb #293f9fdd
 @patch
@@ -682,6 +698,7 @@ def fingerprint(self:ImageData,
         about = dict(shape=[len(self), self.channels, self.side], classes=self.classes,
                      augment=repr(self.augment), size=self.size, mean=self.mean, std=self.std)
         if self.sight.views: about['views'] = self.sight.views
+        if self.crop != 1: about['crop'] = self.crop
         if not labels: about = {k: v for k, v in about.items() if k not in ('classes', 'views')}
         y = self.y.cpu().numpy().tobytes() if labels else b''
         content = json.dumps(about).encode() + y + self._digests()

@@ -23,7 +23,7 @@ from .losses import UNLABELLED, check_temperature, check_weight, jsd_loss, kd_lo
 from .data import Batch, Data, ImageData, mix
 from .models import evaluating
 from .training import (History, Objective, Recipe, Setup, Teacher, check_classes,
-                                 device_of, fit, logits_of, teacher_of)
+                                 check_heads, device_of, fit, heads, logits_of, teacher_of)
 from .logits import Distill
 from .features import listening
 
@@ -530,7 +530,8 @@ def imagine(self:DataFree,
     parts, weights = dafl_losses(look.logits, look.features), vars(self.weights)
     if weights['statistics']: parts['statistics'] = look.distance
     if weights['adversarial']:
-        parts['adversarial'] = competition(_as_constant(self.model, images), look.logits)
+        own = heads(_as_constant(self.model, images), self.model)
+        parts['adversarial'] = competition(own.answer, look.logits)
     return {name: w * parts[name] for name, w in weights.items() if w}
 
 # %% ../nbs/09_data_free.ipynb #da815e69
@@ -543,8 +544,8 @@ def forward(self:DataFree, batch:Batch)->dict:
     if self.training:
         self.remember(x, answers)
         x, answers = (torch.cat(pair) for pair in zip((x, answers), self.recall()))
-    learned = kd_loss(self.model(x), answers, self.temperature)
-    return {'student': learned} | self.imagine(images, look)
+    def learned(z): return {'student': kd_loss(z, answers, self.temperature)}
+    return heads(self.model(x), self.model).losses(learned) | self.imagine(images, look)
 
 # %% ../nbs/09_data_free.ipynb #14adbdd8
 def _check_pair(student, teacher, x):
@@ -552,6 +553,7 @@ def _check_pair(student, teacher, x):
     if student is teacher.model:
         raise ValueError('the student must be another module than the teacher, which stays as it '
                          'is; use copy.deepcopy(teacher).')
+    check_heads(student, x, 'the student')
     own, wanted = _classes_of(student, x, 'the student'), _classes_of(teacher, x, 'the teacher')
     if own == wanted: return own
     raise ValueError(f'the student tells {own} classes apart, but the teacher {wanted}; '
@@ -610,6 +612,7 @@ def get(self:Pictures,
 def seen(self:Pictures, **wanted):
     "The images, if they have the form that is wanted."
     own = dict(mean=self.mean, std=self.std, size=self.x.shape[-1])
+    wanted.pop('crop', None)  # the pictures are what it sees of an image
     return Data.seen(self, **{k: v for k, v in wanted.items() if k not in own or v != own[k]})
 
 # %% ../nbs/09_data_free.ipynb #4fdce5f6

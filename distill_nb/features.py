@@ -21,7 +21,7 @@ from .files import must
 from .losses import check_weight, kd_loss, rows_there, upcast
 from .data import Batch
 from .models import evaluating, head_name
-from .training import device_of, seed_noise, teacher_of
+from .training import device_of, heads, seed_noise, teacher_of
 from .logits import Distill
 
 # %% ../nbs/07_features.ipynb #53070046
@@ -424,9 +424,9 @@ def _check_terms(terms):
     "Refuse terms that are not {name: (term, weight)}, or names that can not stand in a history."
     must(isinstance(terms, dict), 'terms', type(terms).__name__, 'a dict {name: (term, weight)}')
     for name, pair in terms.items():
-        taken = name in ('hard', 'soft') or hasattr(nn.ModuleDict(), name)
+        taken = name in ('hard', 'soft', 'aux') or hasattr(nn.ModuleDict(), name)
         must(str(name).isidentifier() and not taken, 'the name of a term', name,
-             "a word other than 'hard' and 'soft'")
+             "a word other than 'hard', 'soft' and 'aux'")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], Term):
             raise ValueError(f'terms[{name!r}] must be a pair (term, weight), such as '
                              f'(Hint(...), 100.), but is {pair!r:.80}.')
@@ -438,8 +438,8 @@ def forward(self:FeatureDistill, batch:Batch)->dict:
     "The weighted parts of the loss: `{'hard': ..., 'soft': ..., name of a term: ...}`."
     with tap(self.model, self.student_layers) as student:
         with tap(self.teacher.model, self.teacher_layers) as teacher:
-            logits = self.model(batch.x), self.teacher(batch)
-    parts = self.loss.parts(*logits, batch.y, batch.weight)
+            own, v = heads(self.model(batch.x), self.model), self.teacher(batch)
+    parts = self.learned(own, v, batch)
     there = None if batch.weight is None else rows_there(batch.weight)
     for (name, term), weight in zip(self.terms.items(), self.weights):
         parts[name] = weight * _compared(term, *_features_of(term, student, teacher), there)

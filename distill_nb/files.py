@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # %% ../nbs/files.ipynb #80cd1beb
 def must(
@@ -108,9 +108,10 @@ def fingerprint(
     tensors:dict,       # Tensors by name, such as the state of a model
     metadata:dict=None, # Facts that belong to them, as text by name
 ) -> str:               # 16 hexadecimal digits
-    "A short hash of names, types, shapes and values, and of the facts, the same on every device"
+    "A short hash of tensors, of names, types, shapes and values, and of facts, on every device"
     h = hashlib.sha256()
     for name, t in sorted(tensors.items()):
+        if not isinstance(t, torch.Tensor): continue  # as get_extra_state may give it
         t = t.detach().cpu().contiguous()
         h.update(f'{name} {t.dtype} {tuple(t.shape)} '.encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy())
@@ -160,9 +161,10 @@ def pack_weights(
     classes=None,    # Names of the classes, in the order of the outputs
     **metadata,      # Facts to keep beside the weights; values become text, lists and tuples JSON
 ) -> bytes:          # A safetensors file
-    "Weights, buffers and facts, with a fingerprint of them all, as the bytes of a file"
+    "Tensors of `model` and facts, with a fingerprint; a state that is no tensor is left out"
     from safetensors.torch import save
-    state = model.state_dict()
+    state = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    must(state, 'model', model, 'a network with tensors to save; of a Teacher give .model')
     tensors = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in state.items()}
     text = lambda v: json.dumps(list(v)) if isinstance(v, (tuple, list)) else str(v)
     facts = {k: text(v) for k, v in metadata.items() if k != 'fingerprint'}
@@ -198,27 +200,14 @@ def _read_safetensors(path):
     _check_fingerprint(tensors, metadata)
     return tensors, metadata
 
-def _read_pickle(path):
-    tensors = torch.load(path, map_location='cpu', weights_only=True)
-    for key in ('state_dict', 'model'):
-        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict): tensors = tensors[key]
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError('it holds something other than a table of tensors')
-    return {k.removeprefix('module.'): t for k, t in tensors.items()}, {}
-
 # %% ../nbs/files.ipynb #ad5a3da6
 def read_weights(
-    path,    # .safetensors, or .pth, .pt or .bin as torch.save writes them
+    path,    # File in the safetensors format, whatever its suffix
 ) -> tuple:  # Tensors by name, and the metadata as a dict
-    "Read a file of weights without running anything that it may hold"
-    readers = dict.fromkeys(('.pth', '.pt', '.bin'), _read_pickle)
-    readers = {'.safetensors': _read_safetensors} | readers
-    suffix = Path(path).suffix
-    if suffix not in readers:
-        raise ValueError(f"path must end in {', '.join(readers)}, but is '{path}'.")
+    "Read a file as save_weights writes it"
     if not Path(path).is_file():
         raise ValueError(f"path must be a file, but there is none at '{path}'.")
-    try: return readers[suffix](path)
+    try: return _read_safetensors(path)
     except Exception as e:
         said = f"'{path}' is damaged or is not a file of weights: {reason(e)}"
         raise ValueError(said) from e

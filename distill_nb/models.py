@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .files import must, pack_weights, read_weights, reason, whole
+from .files import must, pack_weights, reason, whole
+from .weights import _tied, fitting, read_checkpoint
 
 # %% ../nbs/03_models.ipynb #4049ef5b
 def _conv(n_in, n_out, size=3, stride=1):
@@ -229,23 +230,42 @@ def _adapted(model, tensors):
         changed.append(f'the stem ({stem}) sums its three colours')
     return tensors, changed
 
+# %% ../nbs/03_models.ipynb #e61d08b5
+def _with_tied(own, tensors):
+    "`tensors` with those that a file left out because the model has them under two names"
+    names = {}
+    for name, first in _tied(own).items(): names.setdefault(first, [first]).append(name)
+    for group in names.values():
+        there = [k for k in group if k in tensors]
+        if there: tensors = {k: tensors[there[0]] for k in group} | tensors
+    return tensors
+
+def _same_kind(t, own):
+    "May these numbers become such? No floating-point weight comes from whole or complex numbers"
+    kind = lambda t: (t.is_floating_point(), t.is_complex())
+    return kind(t) == kind(own) or not any(kind(own))
+
 # %% ../nbs/03_models.ipynb #52fbfb44
 def checked_state(
     model:nn.Module, # Network that is to take the weights
     tensors:dict,    # Tensors by name
     source:str,      # Where they come from, for the message
 ) -> dict:           # For load_state_dict
-    "The state of `model` with these weights; names or shapes that are not its own are refused"
-    own, shape = model.state_dict(), lambda t: 'x'.join(map(str, t.shape)) or 'one number'
+    "The state of `model` with these weights; other names, shapes or kinds of numbers are refused"
+    state, shape = model.state_dict(), lambda t: 'x'.join(map(str, t.shape)) or 'one number'
+    own = {k: t for k, t in state.items() if isinstance(t, Tensor)}  # all else stays as it is
+    tensors = _with_tied(own, tensors)
     missing = (k for k in own if k not in tensors and not k.endswith('num_batches_tracked'))
     other = ((k, t) for k, t in tensors.items() if k in own and t.shape != own[k].shape)
+    kinds = ((k, t) for k, t in tensors.items() if k in own and not _same_kind(t, own[k]))
     wrong = [f'{k} is missing' for k in missing]
     wrong += [f'{k} is not in the model' for k in tensors if k not in own]
     wrong += [f'{k} is {shape(t)} but must be {shape(own[k])}' for k, t in other]
+    wrong += [f'{k} is of {t.dtype} but must be of a kind with {own[k].dtype}' for k, t in kinds]
     said = '; '.join(wrong[:3]) + (f'; and {len(wrong) - 3} more' if wrong[3:] else '')
     if wrong: raise ValueError(f'{source} does not hold weights of this model: {said}.')
-    own.update(tensors)
-    return own
+    state.update(tensors)
+    return state
 
 # %% ../nbs/03_models.ipynb #00e7cb8c
 def transfer_weights(
@@ -271,9 +291,11 @@ def torchvision_resnet(
     must(stem in ('imagenet', 'cifar'), 'stem', stem, "'imagenet' or 'cifar'")
     model = _set_stem(getattr(models, name)(num_classes=classes), channels, stem)
     if weights is None: return model
-    is_file = Path(weights).suffix != ''
-    tensors = read_weights(weights)[0] if is_file else imagenet_weights(name, weights)
+    if re.fullmatch(r'\w+', str(weights)) and not Path(weights).exists():
+        tensors, said = imagenet_weights(name, weights), []
+    else: tensors, said = fitting(read_checkpoint(weights), model)
     transfer_weights(model, tensors, f"weights='{weights}'")
+    for line in said: print(line, flush=True)
     return model
 
 # %% ../nbs/03_models.ipynb #da49d017
@@ -350,7 +372,8 @@ def profile_model(
     repeats:int=20,          # Calls that are timed
 ) -> ModelCost:
     "Parameters, MACs, bytes and latency of `model` for one image"
-    p = next(model.parameters())
+    p = next(model.parameters(), None)
+    must(p is not None, 'model', model, 'a network with parameters; of a Teacher give .model')
     device = torch.device(device or p.device)
     with evaluating(model):
         there = model if device == p.device else copy.deepcopy(model).to(device)

@@ -24,7 +24,7 @@ from .losses import (DistillationLoss, check_logits, check_temperature, check_we
 from .data import Batch, ImageData, mix
 from .models import count_macs, evaluating
 from .training import (Objective, Supervised, device_of, evaluate, fit, fit_device,
-                                 placed, setup_of)
+                                 heads, logits_in, placed, setup_of)
 from .logits import Distill
 from .features import find_layers, head_input, listening, stage_names, tap
 
@@ -109,7 +109,7 @@ class Ensemble(nn.Module):
         x:Tensor, # Inputs, shape (B, ...)
     )->Tensor: # Logits whose softmax is the mean of the models' probabilities, (B, ..., C)
         "Log of the mean of the probabilities."
-        logs = torch.stack([log_soften(m(x)) for m in self.models])      # (K, B, ..., C)
+        logs = torch.stack([log_soften(logits_in(m(x))) for m in self.models])      # (K, B, ..., C)
         return logs.logsumexp(0) - math.log(len(self.models))
 
 # %% ../nbs/08_self.ipynb #a948b92e
@@ -195,12 +195,12 @@ def _try(self:EarlyExits, layers, shape):
     x = torch.zeros(2, *(shape or _image_shape(model)), dtype=p.dtype, device=p.device)
     with evaluating(model), tap(model, [*layers, self.deepest]) as seen:
         try:
-            with listening(model, layers, lambda name, output: ran.append(name)): logits = model(x)
+            with listening(model, layers, lambda name, _: ran.append(name)): output = model(x)
         except RuntimeError as e:
             raise ValueError('shape must be that of the images, but the model does not take '
                              f'{tuple(x.shape[1:])}: {str(e).splitlines()[0]}') from e
     _check_trial(layers, ran, seen, self.deepest)
-    return {n: seen[n] for n in ran}, seen[self.deepest], logits
+    return {n: seen[n] for n in ran}, seen[self.deepest], logits_in(output)
 
 # %% ../nbs/08_self.ipynb #2155d39f
 def _check_trial(layers, ran, seen, deepest):
@@ -213,6 +213,8 @@ def _check_trial(layers, ran, seen, deepest):
             given = tuple(getattr(seen[n], 'shape', ())) or type(seen[n]).__name__
             raise ValueError('layers must name parts that give maps (B, c, H, W) or features '
                              f'(B, c), but {n!r} gives {given}.')
+    must(deepest in seen, 'the last linear layer of the model', deepest.removesuffix(':input'),
+         'its head and run in eval mode (declare other heads before it)')
     names = list(seen)
     behind = names[names.index(deepest) + 1:]
     if behind or seen[deepest].ndim != 2:
@@ -242,9 +244,9 @@ def every(self:EarlyExits,
     x:Tensor, # Images, shape (B, channels, H, W)
 )->tuple: # Features, each (B, D), and logits, each (B, C), as two lists with the deepest last
     "Features and logits of all exits, in one pass."
-    with tap(self.backbone, [*self.layers, self.deepest]) as seen: answer = self.backbone(x)
+    with tap(self.backbone, [*self.layers, self.deepest]) as seen: output = self.backbone(x)
     features, logits = zip(*(head(seen[n]) for head, n in zip(self.heads, self.layers)))
-    return [*features, seen[self.deepest]], [*logits, answer]
+    return [*features, seen[self.deepest]], [*logits, heads(output, self.backbone).answer]
 
 @patch
 def exits(self:EarlyExits,
@@ -367,9 +369,9 @@ def until_sure(self:EarlyExits,
         if logits.softmax(1).max() >= threshold: raise _Stop((logits, exit))
     try:
         with evaluating(self), listening(self.backbone, self.layers, ask):
-            logits, exit = self.backbone(x.to(device_of(self))), len(self) - 1
-    except _Stop as stopped: logits, exit = stopped.result
-    return logits.to(x.device), exit
+            output, exit = self.backbone(x.to(device_of(self))), len(self) - 1
+    except _Stop as stopped: output, exit = stopped.result
+    return logits_in(output).to(x.device), exit
 
 # %% ../nbs/08_self.ipynb #307492e4
 def sure_exit(
@@ -456,7 +458,7 @@ def forward(self:MovingAverage,
 )->Tensor: # Logits (B, ..., C), without gradient
     "The averaged network's logits."
     if any(m.training for m in self.model.modules()): self.eval()  # .train() was called on a part
-    with torch.no_grad(): return self.model(x)
+    with torch.no_grad(): return logits_in(self.model(x))
 
 # %% ../nbs/08_self.ipynb #b0600bc4
 def _tensors(model): return chain(model.parameters(), model.buffers())
@@ -552,12 +554,16 @@ def forward(self:SelfTeacher, batch:Batch)->dict:
     "The losses `{'hard': ..., 'self': ...}`; in train mode teacher and centre move."
     if self.training and _begins(self.model): self.teacher.update(self.model)
     second = self._second(batch)
-    z, v = self.model(batch.x), upcast(self.teacher(second.x))
+    own, v = heads(self.model(batch.x), self.model), upcast(self.teacher(second.x))
     weight = _in_both(batch.weight, second.weight)
     taus = self.student_temperature, self.teacher_temperature
-    across = view_loss(z, v, self.centre, *taus, weight) * _share(weight, batch)
+    def parts(z):
+        across = view_loss(z, v, self.centre, *taus, weight) * _share(weight, batch)
+        hard = hard_loss(z, batch.y, weight=batch.weight)
+        return {'hard': hard, 'self': self.weight * across}
+    losses = own.losses(parts)
     if self.training: self._move_centre(v if weight is None else v[weight > 0])
-    return {'hard': hard_loss(z, batch.y, weight=batch.weight), 'self': self.weight * across}
+    return losses
 
 # %% ../nbs/08_self.ipynb #72d23b0a
 @patch

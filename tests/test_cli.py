@@ -6,19 +6,20 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_nb import run, zoo
+from distill_nb import run
 from distill_nb.files import read_weights, save_weights
+from distill_nb.inference import open_student, predictions
 from distill_nb.data import ImageData, Measure, digits
 from distill_nb.folders import load_data
 from distill_nb.models import resnet18
-from distill_nb.training import evaluate
+from distill_nb.training import evaluate, predict
 from distill_nb.compare import interval, paired, share_interval
-from distill_nb.zoo import build_model, imagenet_normalisation, load_weights, make_teacher, pretrained_model
+from distill_nb.zoo import build_model, load_weights, open_model
 from distill_nb.methods import METHODS
 from distill_nb.report import result_table, stored_result, verdicts
 from distill_nb.run import PRESETS, command_line, free_folder
 from distill_nb.bench import distill_nb_bench
-from distill_nb.cli import distill_nb, distill_nb_data_free, run_command
+from distill_nb.cli import distill_nb, distill_nb_data_free, distill_nb_predict, run_command
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
 COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms',
@@ -146,6 +147,40 @@ def test_the_weights_are_those_that_were_reported(finished):
     assert (finished/'student.safetensors').stat().st_size == pytest.approx(row['bytes'], abs=400)
 
 
+@pytest.mark.parametrize('who', ['student', 'teacher'])
+def test_both_files_say_all_that_is_needed_to_use_them(who, finished):
+    data, path = digits(), finished/f'{who}.safetensors'
+    about = read_weights(path)[1]
+    facts = {k: json.loads(about[k]) for k in ('classes', 'channels', 'side', 'size', 'mean', 'std', 'valid_items')}
+    assert facts == {'classes': data.train.classes, 'channels': 1, 'side': 8, 'size': 8, 'mean': data.train.mean,
+                     'std': data.train.std, 'valid_items': len(data.valid)}
+    assert about['architecture'] == f'digit_{who}'
+    network = open_model(path)
+    assert evaluate(network, data.valid).accuracy == pytest.approx(float(about['valid_accuracy']))
+    assert network.reached == {'accuracy': float(about['valid_accuracy']), 'items': len(data.valid)}
+
+
+def test_the_student_of_a_run_names_the_classes_of_files_as_in_the_run(finished, tmp_path):
+    test = digits().test
+    for i in range(40): Image.fromarray(test.x[i, 0].numpy()).save(tmp_path/f'{i:02}.png')
+    network, side = open_student(finished/'student.safetensors')
+    model = load_weights(build_model('digit_student', 10, 1, 8), finished/'student.safetensors')
+    expected = predict(model, test.subset(torch.arange(40)), 40).double().softmax(1)
+    found = list(predictions(network, tmp_path, side))
+    assert [p.classes for p in found] == [[test.classes[c]] for c in expected.argmax(1)]
+    assert [p.probabilities for p in found] == expected.amax(1, keepdim=True).tolist()
+
+
+def test_every_command_has_an_entry_point():
+    import importlib
+    scripts = (Path(__file__).parent.parent/'pyproject.toml').read_text().split('[project.scripts]')[1].split('[')[0]
+    found = dict(re.findall(r'^(\w+) = "(.+)"$', scripts, re.M))
+    assert set(found) == {'distill_nb', 'distill_nb_bench', 'distill_nb_data_free', 'distill_nb_predict'}
+    for place in found.values():
+        module, function = place.split(':')
+        assert callable(getattr(importlib.import_module(module), function))
+
+
 def test_the_report_needs_nothing_beside_it(finished):
     page = (finished/'report.html').read_text()
     assert page.count('data:image/png;base64,') == 2 and not re.search(r'(?:src|href)=.(?!data:)', page)
@@ -191,9 +226,8 @@ def test_a_folder_of_photos_and_the_choice_of_temperature_and_alpha(tmp_path, ca
 
 
 def test_trained_weights_bring_their_normalisation_and_are_not_trained_again(finished, tmp_path):
-    train = digits().train
-    model, trained, normalisation = make_teacher('digit_teacher', str(finished/'teacher.safetensors'), train)
-    assert trained and normalisation == (train.mean, train.std)
+    train, found = digits().train, open_model(finished/'teacher.safetensors')
+    assert (found.mean, found.std) == (train.mean, train.std)
     weights = finished/'teacher.safetensors'
     assert command(*QUICK, '--teacher_weights', weights, '--labels', 0, '--out', tmp_path/'run') == 0
     rows = json.loads((tmp_path/'run'/'result.json').read_text())['rows']
@@ -356,12 +390,13 @@ def test_from_python_an_option_of_another_type_is_refused(bad, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize('method', ['hint', 'attention', 'byot', 'data_free'])
-def test_a_method_that_the_networks_cannot_have_is_refused_early(method, tmp_path, monkeypatch, capsys):
+def test_a_method_that_the_networks_cannot_have_is_refused_early(method, tmp_path, capsys):
     "Before the teacher is trained."
-    def plain(name, classes, channels, size):
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels*size*size, classes))
-    for module in (run, zoo): monkeypatch.setattr(module, 'build_model', plain)
-    assert command(*QUICK[:-4], '--method', f'kd,{method}', '--out', tmp_path/'run') == 2
+    (tmp_path/'my.py').write_text('from torch import nn\n'
+        'def plain(classes, size): return nn.Sequential(nn.Flatten(), nn.Linear(size**2, classes))')
+    plain = f"{tmp_path/'my.py'}:plain"
+    argv = [*QUICK[:-4], '--teacher', plain, '--student', plain, '--method', f'kd,{method}']
+    assert command(*argv, '--out', tmp_path/'run') == 2
     err = capsys.readouterr().err
     assert err.startswith(f'distill_nb: method {method} does not work here: ') and err.count('\n') == 1
     assert not (tmp_path/'run').exists()
@@ -379,6 +414,17 @@ def test_damaged_images_can_be_skipped(bad_files, tmp_path, capsys):
     argv = ['--data', f"folder:{bad_files/'damaged_photos'}", '--skip_damaged', *QUICK, *DIGIT_PAIR, '--labels', 0]
     assert command(*argv, '--out', tmp_path/'run') == 0
     assert '0.png' in capsys.readouterr().err
+
+
+def test_a_run_within_the_folder_of_its_images_is_refused(bad_files, monkeypatch, capsys):
+    "The next run would take it for a class of images."
+    photos = bad_files/'damaged_photos'
+    argv = ['--data', f'folder:{photos}', '--skip_damaged', *QUICK, *DIGIT_PAIR, '--labels', 0]
+    monkeypatch.chdir(photos)
+    for more in (['--out', photos/'run'], ['--data', 'folder:.']):
+        assert command(*argv, *more) == 2
+        assert 'out must be a folder that is not within that of the images' in capsys.readouterr().err
+    assert not (photos/'runs').exists() and not (photos/'run').exists()
 
 
 def test_a_folder_of_another_run_is_refused_and_kept(finished, capsys):
@@ -457,7 +503,7 @@ def test_python_m_is_the_command():
         assert f'--{option}' in p.stdout
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench])
 def test_help_fits_a_page(job, monkeypatch, capsys):
     "Also where the terminal is wider: the page of the commands shows it."
     monkeypatch.setenv('COLUMNS', '200')
@@ -481,40 +527,16 @@ def test_imagenet_weights_are_loaded_as_in_python(tmp_path, monkeypatch, capsys)
     torch.save(old, tmp_path/'checkpoints'/'resnet18-f37072fd.pth')
     for name in ('resnet18', 'torchvision:resnet18'):
         torch.manual_seed(0)
-        grey = pretrained_model(name, 10, 1, 96).state_dict()
+        grey = open_model(name, 'imagenet', 10, 1, 96).model.state_dict()
         assert torch.equal(grey['conv1.weight'], old['conv1.weight'].sum(1, keepdim=True))
         assert all(torch.equal(grey[k], t) for k, t in old.items() if k.split('.')[0] not in ('conv1', 'fc'))
-        said = f'ImageNet weights of {name}; the head (fc) is new; the stem (conv1) sums its three colours\n'
+        said = f'pretrained weights of {name}; the head (fc) is new; the stem (conv1) sums its three colours\n'
         assert said in capsys.readouterr().out
     ours = resnet18(classes=10, channels=1, weights='IMAGENET1K_V1').state_dict()
     assert all(torch.equal(grey[k], ours[k]) for k in ours if not k.startswith('fc.'))
-    for shape in ((3, 32), (4, 96)):
-        with pytest.raises(ValueError, match='conv1.weight is 64x3x7x7 but must be .* give that as size'):
-            pretrained_model('resnet18', 10, *shape)
-
-
-def test_each_set_of_imagenet_weights_has_its_own_normalisation():
-    from torchvision.models import GoogLeNet
-    usual = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    assert imagenet_normalisation('resnet50', 3) == imagenet_normalisation('torchvision:vgg11', 3) == usual
-    assert imagenet_normalisation('torchvision:efficientnet_v2_l', 3) == ((0.5,) * 3, (0.5,) * 3)
-    assert imagenet_normalisation('resnet18', 1) == ((pytest.approx(0.449),), (pytest.approx(0.226),))
-    x = torch.rand(2, 3, 8, 8)
-    channels = lambda values: [torch.tensor(v).view(-1, 1, 1) for v in values]
-    (m, s), (mean, std) = channels(usual), channels(imagenet_normalisation('torchvision:googlenet', 3))
-    net = type('Net', (), {'transform_input': True})
-    inside = GoogLeNet._transform_input(net, (x - m) / s)  # what torchvision's network does first
-    assert torch.allclose((x - mean) / std, inside, atol=1e-6)
-
-
-def test_a_teacher_from_imagenet_weights_sees_images_as_these_want_them(tmp_path, monkeypatch):
-    weights = lambda name, _: build_model('torchvision:squeezenet1_1', 1000, 3, 32).state_dict()
-    monkeypatch.setattr(zoo, 'imagenet_weights', weights)
-    for channels, mean in ((1, 0.449), (3, 0.485)):
-        x = torch.randint(0, 256, (20, channels, 32, 32), dtype=torch.uint8)
-        data = ImageData(x, torch.arange(20) % 2, ['a', 'b'])
-        _, trained, (found, _) = make_teacher('torchvision:squeezenet1_1', 'imagenet', data)
-        assert not trained and found[0] == pytest.approx(mean) and len(found) == channels
+    for shape, said in (((3, 32), 'conv1.weight is 64x3x7x7 but must be .* give that as size'),
+                        ((4, 96), 'channels must be 3 or 1')):
+        with pytest.raises(ValueError, match=said): open_model('resnet18', 'imagenet', 10, *shape)
 
 
 def test_weights_name_their_classes_and_another_order_is_no_matter(tmp_path, capsys):
@@ -526,10 +548,9 @@ def test_weights_name_their_classes_and_another_order_is_no_matter(tmp_path, cap
     assert all(json.loads(read_weights(f)[1]['classes']) == ['cat', 'dog', 'owl'] for f in files)
     train = load_data(f'folder:{first}').train
     turned = ImageData(train.x, train.y, ['owl', 'cat', 'dog'])
-    x = train.get(torch.arange(len(train))).x
-    right = [make_teacher('digit_teacher', str(files[0]), data)[0].eval() for data in (train, turned)]
+    right = [predict(open_model(files[0], classes=data.classes), data) for data in (train, turned)]
     assert 'names the classes in another order than the data' in capsys.readouterr().out
-    with torch.no_grad(): assert torch.allclose(right[1](x), right[0](x)[:, [2, 0, 1]], atol=1e-5)
+    assert torch.equal(right[1], right[0][:, [2, 0, 1]])
     for split in ('train', 'test'): (renamed/split/'dog').rename(renamed/split/'hound')
     assert command('--data', f'folder:{renamed}', *argv, '--teacher_weights', files[0], '--out', tmp_path/'other') == 2
     err = capsys.readouterr().err
@@ -572,3 +593,11 @@ def test_a_measure_that_is_no_share_is_shown_as_it_is():
     cells = dict(zip(shown.head, zip(*shown.rows)))
     assert cells['bits per byte [95 %]'] == ('1.900', '1.900 [1.800, 2.000]') and 'ECE %' not in cells
     assert cells['difference [95 %]'] == ('', '-0.050 [-0.061, -0.039]') and 'gain [95 %]' not in cells
+
+
+def test_images_are_one_or_several(capsys):
+    "In every version of fastcore: the name of what has no name is all that a command line needs."
+    from distill_nb.cli import command_parser
+    parser = command_parser(distill_nb_predict)
+    assert parser.parse_args(['a', 'b', '--top', '2']).images == ['a', 'b']
+    assert parser.parse_args(['a']).images == ['a']

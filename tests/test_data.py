@@ -479,10 +479,51 @@ def test_a_picture_of_ones_own_is_recast():
     assert d.recast(x, d.seen(size=5)).shape == (60, 3, 5, 5)
 
 
+@pytest.mark.parametrize('size, crop, big, left', [(12, 0.75, 16, 2), (7, 7/8, 8, 0), (13, 0.875, 15, 1),
+                                                   (6, 0.6, 10, 2)])
+@pytest.mark.parametrize('augment', [CropFlip(2, flip=True), ResizedCrop(9)])
+def test_a_network_that_saw_the_centre_of_its_images_sees_it_of_every_view(size, crop, big, left, augment):
+    "As torchvision's Resize and CenterCrop do with the view, on whose side they agree."
+    d, index = dataset(side=16, augment=augment), torch.arange(60)
+    view, theirs = d.view_of(0, 1, index), d.seen(size=size, crop=crop, mean=[0.1]*3, std=[2.]*3)
+    whole = d.seen(size=big, mean=[0.1]*3, std=[2.]*3).get(index, view).x
+    assert theirs.size == size and theirs.crop == crop
+    expected = TF.center_crop(whole, [size, size])
+    assert torch.equal(theirs.get(index, view).x, expected)
+    assert torch.equal(expected, whole[..., left:left + size, left:left + size])
+    assert theirs.x is d.x and theirs.n_views == d.n_views and f'the centre of {big}²' in repr(theirs)
+
+
+def test_a_crop_is_part_of_the_form_and_of_no_other_fingerprint():
+    d = dataset(side=16)
+    names = [x.fingerprint(labels) for labels in (True, False)
+             for x in (d, d.replace(size=12), d.seen(size=12, crop=0.75))]
+    assert len(set(names)) == 6 and d.replace(crop=1.).fingerprint() == d.fingerprint()
+    assert d.seen(size=16, crop=1.) is d and d.seen(size=12, crop=0.75).seen(size=12, crop=0.75).size == 12
+    near = d.seen(size=16, crop=0.5)  # of the same size, and yet another picture
+    assert not torch.equal(near.get(torch.arange(3)).x, d.get(torch.arange(3)).x)
+    cut = d.replace(crop=0.75)  # without a size, so much of what the augmentation gives
+    assert cut.size == 12 and torch.equal(cut.get(torch.arange(3)).x, d.get(torch.arange(3)).x[..., 2:-2, 2:-2])
+    assert cut.seen(mean=[0.]*3).crop == 0.75 and cut.seen(size=16).crop == 1  # a size alone is that of the whole view
+    assert dataset(augment=ResizedCrop(16)).replace(crop=0.75).size == 12
+    for wrong in (0, -1, 1.5, math.nan, '1', True):
+        with pytest.raises(ValueError, match='crop must be greater than 0 and at most 1'): d.replace(crop=wrong)
+
+
+def test_a_picture_of_ones_own_is_cut_for_a_network_that_saw_the_centre():
+    d, index = dataset(side=16), torch.arange(60)
+    theirs, x = d.seen(size=12, crop=0.75, mean=[0.1]*3, std=[2.]*3), d.get(torch.arange(60)).x
+    torch.testing.assert_close(d.recast(x, theirs), theirs.get(index).x, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(theirs.recast(theirs.get(index).x, theirs), theirs.get(index).x, atol=1e-5)  # cut already
+    assert theirs.recast(theirs.get(index).x, d).shape == x.shape  # what was cut off is not known
+
+
 def test_a_sight_is_a_value():
     assert Sight(augment=ResizedCrop(8)).wanting(size=4) == Sight(augment=ResizedCrop(4), size=4)
     assert Sight(size=8).wanting() == Sight(size=8)
-    said = 'replace can change mean, std, augment, size, views, name, but was given colour'
+    assert Sight(augment=ResizedCrop(8)).wanting(size=7, crop=0.875) == Sight(augment=ResizedCrop(8), size=7,
+                                                                              crop=0.875)
+    said = 'replace can change mean, std, augment, size, views, crop, name, but was given colour'
     with pytest.raises(ValueError, match=said): dataset().replace(colour=3)
     with pytest.raises(TypeError, match='colour'): ImageData(images(), torch.arange(60) % 3, 'abc', colour=3)
 

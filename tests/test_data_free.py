@@ -668,8 +668,8 @@ def test_an_answer_that_is_no_logits_is_refused(last, said):
     odd = nn.Sequential(nn.Conv2d(1, CLASSES, SIDE), nn.BatchNorm2d(CLASSES), last)
     with pytest.raises(ValueError, match=said):
         distill_without_data(sized(odd), net(), recipe=RECIPE, setup=SETUP)
-    with pytest.raises(ValueError, match='the student must map inputs to a tensor of logits, but gives a tuple'):
-        distill_without_data(sized(net()), nn.Sequential(net(), Twice()), recipe=RECIPE, setup=SETUP)
+    with pytest.raises(ValueError, match='the student gives a set, in which no logits were found'):
+        distill_without_data(sized(net()), nn.Sequential(net(), Nothing()), recipe=RECIPE, setup=SETUP)
 
 
 def test_a_teacher_that_does_not_say_how_large_its_images_are_is_refused(teacher):

@@ -1,13 +1,15 @@
 """Folders: torchvision's formats, images on disk, files that do not fit in memory, data by name."""
-import gzip, hashlib, io, pickle, struct, subprocess, sys, tarfile
+import gzip, hashlib, io, pickle, struct, subprocess, sys, tarfile, time
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision import datasets, transforms
+from distill_nb import folders
 from distill_nb.data import CropFlip, ResizedCrop, channel_stats, count_values, epoch_order, few_labels
-from distill_nb.folders import ImageFiles, cifar10, cifar100, fashion_mnist, image_folder, load_data, mnist
+from distill_nb.folders import (ImageFiles, cifar10, cifar100, fashion_mnist, image_folder, load_data, mnist,
+                                read_images)
 
 
 # --- torchvision's sets, in their real formats ---
@@ -241,7 +243,8 @@ def test_grey_folders_stay_grey_and_mixed_ones_become_rgb(tmp_path):
 def test_other_files_are_ignored(tmp_path):
     write_folder(tmp_path)
     for name in ('train/cat/notes.txt', 'train/cat/._00.png', 'train/README.md'): (tmp_path/name).write_text('no image')
-    (tmp_path/'train'/'.ipynb_checkpoints').mkdir()
+    for hidden in ('.ipynb_checkpoints', 'cat/.ipynb_checkpoints', 'cat/deeper/.thumbs'):
+        write_image(tmp_path/'train'/hidden/'A.png')
     write_image(tmp_path/'train'/'cat'/'deeper'/'A.JPG')
     assert sum(len(s) for s in image_folder(tmp_path)) == 41
 
@@ -358,6 +361,20 @@ def test_importing_data_loads_no_heavy_library():
 
 
 # --- data by name ---
+
+@pytest.mark.parametrize('size', [100, 1000000])
+def test_only_a_few_images_are_read_ahead_of_their_use(size, tmp_path, monkeypatch):
+    "A table of a million images must not wait in memory for a slow network."
+    files, done = [tmp_path/f'{i}.png' for i in range(600)], []
+    for f in files: f.touch()
+    monkeypatch.setattr('os.path.getsize', lambda f: size)  # small files have one thread, large ones several
+    monkeypatch.setattr('os.cpu_count', lambda: 4)
+    monkeypatch.setattr(folders, '_read_image', lambda file, **kwargs: done.append(file) or file)
+    for i, file in enumerate(read_images(files, 8)):
+        if i % 50 == 0: time.sleep(0.01)
+        assert file == files[i] and len(done) - i <= 16*(4 + 2)
+    assert sorted(done) == sorted(files)
+
 
 def test_an_unknown_name_is_refused_together_with_those_that_are_known():
     known = 'digits, mnist, fashion_mnist, cifar10, cifar100 or folder:PATH'

@@ -1,11 +1,13 @@
 """Distill, and the teacher's exam."""
-import copy, math, warnings
+import copy, math, re, warnings
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from distill_nb import logits
@@ -14,7 +16,7 @@ from distill_nb.losses import UNLABELLED, DistillationLoss, dist_loss, dkd_loss,
 from distill_nb.data import ImageData, digits
 from distill_nb.models import digit_teacher
 from distill_nb.training import DivergedError, Recipe, Supervised, Teacher, describe, evaluate, fit, predict
-from distill_nb.logits import Distill, by_luck, check_teacher, probability_kind
+from distill_nb.logits import Distill, _other_order, by_luck, check_teacher, fell_below, probability_kind
 from distill_nb.zoo import build_model
 
 from small import CLASSES, RECIPE, images, net, trained
@@ -171,7 +173,7 @@ def test_a_teacher_that_finds_every_image_of_a_rare_class_passes(labels, gap):
 
 def test_the_error_of_the_exam_states_what_was_reached_and_what_was_needed():
     with pytest.raises(ValueError) as error: check_teacher(Answers(torch.tensor([[3., 0.]] * 100)), numbered(RARE))
-    for said in ('accuracy 95.0% on 100', 'balanced accuracy of 50.0%', 'cross-entropy of 0.1986 nats',
+    for said in ('accuracy 95.0% on 100', 'balanced accuracy 50.0%', 'cross-entropy 0.1986 nats',
                  'at most 0.1687', 'balanced one of at most 0.1733', 'one in a thousand shuffles'):
         assert said in str(error.value), said
     assert 'accuracy above' not in str(error.value)  # with two classes no accuracy is enough
@@ -316,7 +318,148 @@ def test_the_exam_sees_the_teachers_own_form_and_classes(teacher):
     fit(Distill(small, contract), students, RECIPE, valid)
     assert check_teacher(contract, valid) > 0.9
     with pytest.raises(ValueError, match='does not take inputs'): check_teacher(contract.model, valid)
-    with pytest.raises(ValueError, match='never trained'): check_teacher(contract.model, images(seed=1))
+    said = re.escape("in another order") + '.*' + re.escape("classes=['bright', 'dark', 'middle']")
+    with pytest.raises(ValueError, match=said): check_teacher(contract.model, images(seed=1))
+
+
+# --- what a teacher reached
+
+def chance_of_so_few(right, n, before, items):
+    "Fisher's exact test in fractions: the right answers of both measurements in one urn."
+    ways = lambda k: math.comb(n, k) * math.comb(items, right + before - k)
+    every = range(max(0, right + before - items), min(n, right + before) + 1)
+    return Fraction(sum(ways(k) for k in every if k <= right), sum(map(ways, every)))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 400), st.integers(1, 400), st.floats(0, 1), st.floats(0, 1))
+def test_a_fall_is_judged_by_fishers_exact_test(n, items, now, then):
+    right, before = round(now * n), round(then * items)
+    expected = chance_of_so_few(right, n, before, items)
+    if abs(float(expected) - 0.0005) > 1e-9:
+        assert fell_below(right / n, n, before / items, items) == (expected < 0.0005)
+
+
+def test_an_honest_teacher_is_rarely_refused_and_a_worse_one_mostly():
+    g = torch.Generator().manual_seed(0)
+    def refused(now, then, n=200, items=180, times=4000):
+        draws = [torch.binomial(torch.full((times,), float(m)), torch.full((times,), p), generator=g) / m
+                 for m, p in ((n, now), (items, then))]
+        return sum(fell_below(a, n, b, items) for a, b in zip(*(d.tolist() for d in draws))) / times
+    assert refused(0.93, 0.93) < 0.002 and refused(0.4, 0.4) < 0.002 and refused(0.96, 0.93) == 0
+    assert refused(0.7, 0.93) > 0.98
+
+
+def falls(right, n=100, C=4, gap=6.):
+    "Answers of which so many are right, the wrong ones spread over all classes, and their data."
+    y = torch.arange(n) % C
+    said = torch.where(torch.arange(n) * 37 % n < right, y, (y + 1 + torch.arange(n) // C % (C - 1)) % C)
+    return Answers(gap * F.one_hot(said, C)), numbered(y.tolist())
+
+
+def test_a_teacher_that_is_worse_than_it_was_is_refused_with_both_numbers():
+    record = {'accuracy': 0.93, 'items': 180}
+    def exam(right, **reached):
+        model, data = falls(right)
+        return check_teacher(Teacher(model, **reached), data)
+    least = next(k for k in range(101) if chance_of_so_few(k, 100, round(0.93 * 180), 180) >= 0.0005)
+    assert exam(least, reached=record) == least / 100 and exam(100, reached=record) == 1
+    said = (f'the teacher reaches accuracy {least - 1}.0% on 100 validation items, but it reached 93.0% on 180 items '
+            r'before, which luck does not explain: .*normalisation, size, crop.*reached=None\) takes it')
+    with pytest.raises(ValueError, match=said): exam(least - 1, reached=record)
+    assert exam(least - 1) == exam(least - 1, reached=None) == (least - 1) / 100
+    alike = next(k for k in range(101) if chance_of_so_few(k, 100, 93, 100) >= 0.0005)  # as many items then as now
+    assert exam(alike, reached={'accuracy': 0.93}) == alike / 100
+    with pytest.raises(ValueError, match='it reached 93.0% before'): exam(alike - 1, reached={'accuracy': 0.93})
+    other = "reached must be numbers by the names of the data's measures .accuracy, loss.*, but is "
+    for bad in ({'bits_per_byte': 0.1, 'items': 180}, {'acc': .999, 'items': 10000}, {'Accuracy': 99.9}):
+        with pytest.raises(ValueError, match=other): exam(60, reached=bad)
+    with pytest.raises(ValueError, match='accuracy of reached must be from 0 to 1, but is 93'):
+        exam(60, reached={'accuracy': 93., 'items': 180})
+
+
+def test_a_run_asks_what_a_teacher_reached_and_a_mean_is_not_compared(teacher, model):
+    dim = images(seed=1).replace(mean=[0.59])
+    worse = evaluate(teacher, dim).accuracy
+    assert 0.5 < worse < 0.9
+    record = Teacher(teacher, reached={'accuracy': 0.99, 'items': 400})
+    fit(Distill(net(), teacher), images(), RECIPE, dim)
+    with pytest.raises(ValueError, match='it reached 99.0% on 400 items before'):
+        fit(Distill(net(), record), images(), RECIPE, dim)
+    fit(Distill(net(), record), images(), RECIPE, images(seed=1))
+    check_teacher(Teacher(model, reached={'bits_per_byte': 5., 'items': 60}), text(seed=1))
+
+
+# --- classes in another order
+
+def permuted(model, order): return Then(model, lambda v: v[:, order])
+
+
+@pytest.mark.parametrize('order', [[1, 2, 0], [2, 0, 1]])
+def test_the_exam_finds_the_order_of_the_outputs_and_its_remedy_passes(teacher, order):
+    data, other = images(600, seed=1), permuted(teacher, order)
+    names = [data.classes[i] for i in order]
+    said = 'its outputs seem to be in another order, in which it is right on .* say it with ' + \
+        re.escape(f'Teacher(..., classes={names})')
+    with pytest.raises(ValueError, match=said) as e: check_teacher(other, data)
+    assert 'never trained' not in str(e.value)
+    named = Teacher(other, classes=names)
+    assert check_teacher(named, data) == check_teacher(teacher, data)
+    assert torch.equal(predict(named, data), predict(teacher, data))
+    with pytest.raises(ValueError, match=said): check_teacher(Teacher(other, classes=data.classes), data)
+
+
+def test_the_order_is_said_of_a_teacher_that_knows_more_classes(teacher):
+    data = images(600, seed=1)
+    wide = Then(teacher, lambda v: torch.stack([v[:, 1], v[:, 0] - 50, v[:, 2], v[:, 0]], 1))
+    told = Teacher(wide, ['dark', 'night', 'middle', 'bright'])  # it is middle, night, bright, dark
+    with pytest.raises(ValueError, match=re.escape("classes=['middle', 'night', 'bright', 'dark']")):
+        check_teacher(told, data)
+    assert check_teacher(Teacher(wide, ['middle', 'night', 'bright', 'dark']), data) > 0.9
+
+
+def test_two_classes_that_changed_places_are_warned_of_and_refused_where_more_was_reached():
+    labels = list(range(10)) * 40
+    swapped = 6. * F.one_hot(torch.tensor([{2: 5, 5: 2}.get(y, y) for y in labels]), 10)
+    data = numbered(labels)
+    names = [{'2': '5', '5': '2'}.get(c, c) for c in map(str, range(10))]
+    said = 'another order, in which it is right on 100.0% .*' + re.escape(f'classes={names}')
+    with pytest.warns(UserWarning, match='reaches accuracy 80.0%, but its outputs seem to be in ' + said +
+                      '.*It is taken as it is'):
+        assert check_teacher(Answers(swapped), data) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match='reached 99.0% on 400 items before, .*' + said):
+        check_teacher(Teacher(Answers(swapped), reached={'accuracy': 0.99, 'items': 400}), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        check_teacher(Teacher(Answers(swapped), classes=names), data)
+
+
+@pytest.mark.parametrize('labels', [list(range(10)) * 60, list(range(100)) * 6], ids=['ten', 'hundred'])
+def test_heads_that_were_never_trained_are_in_no_order(labels):
+    torch.manual_seed(0)
+    x, y = clusters(labels)
+    for _ in range(100):
+        with torch.no_grad(): v = nn.Linear(64, max(labels) + 1)(x)
+        assert _other_order(v, y, None) is None
+
+
+@pytest.mark.parametrize('right', [30, 45, 60, 90, 100])
+def test_a_teacher_that_is_only_weak_is_in_no_other_order(right):
+    "Whether its mistakes are spread or always the same."
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        y = torch.randint(10, (1000,), generator=g)
+        wrong = torch.rand(1000, generator=g) * 100 > right
+        for other in (torch.randint(10, (1000,), generator=g), (y + 1) % 10 if right > 50 else y):
+            v = 5. * F.one_hot(torch.where(wrong, other, y), 10) + torch.randn(1000, 10, generator=g)
+            assert _other_order(v, y, None) is None
+
+
+def test_an_order_is_looked_for_only_where_it_can_be_found():
+    y = torch.arange(12) % 3
+    assert _other_order(9. * F.one_hot((y + 1) % 3, 3), y, None) is None        # too few answers
+    assert _other_order(torch.zeros(2, 10**6), torch.zeros(2).long(), None) is None
+    assert _other_order(torch.zeros(1, 3), torch.zeros(1).long(), None) is None
 
 
 # --- the exam where an item has many places

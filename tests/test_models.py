@@ -311,3 +311,13 @@ def test_counts_for_people():
 def test_cost_rows():
     [row] = cost_rows({'a': ModelCost(678, 21_056, 3936, 0.0712)})
     assert row == {'model': 'a', 'parameters': '678', 'MACs': '21.1 k', 'file': '3.94 kB', 'latency': '0.07 ms'}
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int32, torch.bool, torch.complex64])
+def test_weights_of_another_kind_of_numbers_are_refused(dtype):
+    model = digit_student()
+    tensors = model.state_dict() | {'fc.weight': torch.ones(10, 32).to(dtype)}
+    with pytest.raises(ValueError, match=f'fc.weight is of {dtype} but must be of a kind with torch.float32'):
+        checked_state(model, tensors, 'w')
+    for fine in (torch.float16, torch.float64):
+        checked_state(model, model.state_dict() | {'fc.weight': torch.ones(10, 32).to(fine)}, 'w')

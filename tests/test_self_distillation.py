@@ -958,3 +958,20 @@ def test_two_processes_follow_the_same_average_and_centre_as_one(tmp_path):
     assert (one[0], two[0]) == (1, 2) and max(map(abs, one[2])) > 0
     for name in one[1]: assert two[1][name] == pytest.approx(one[1][name], rel=1e-3, abs=1e-5)
     assert [two[2], two[3]] == [pytest.approx(values, rel=1e-3, abs=1e-5) for values in one[2:]]
+
+
+class Auxiliary(nn.Module):
+    "A second head, declared last, that answers in training only."
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.fc, self.rot = nn.Linear(4, 3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        features = self.layer2(self.layer1(x)).mean((2, 3))
+        return (self.fc(features), self.rot(features)) if self.training else self.fc(features)
+
+
+def test_a_last_linear_layer_that_does_not_run_is_named():
+    with pytest.raises(ValueError, match="the last linear layer of the model must be its head and run .* but is 'rot'"):
+        BeYourOwnTeacher(Auxiliary(), shape=(1, 8, 8))

@@ -1,6 +1,7 @@
 """The promises of `fit`: repeatable, resumable, shareable between processes, and loud about bad input."""
 import json, math, os, random, signal, subprocess, sys, time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,12 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from distill_nb import training
-from distill_nb.files import fingerprint, read_weights
+from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED, DistillationLoss
 from distill_nb.data import CropFlip, Data, ImageData, Measure, ResizedCrop, digits
 from distill_nb.models import digit_student, digit_teacher, evaluating, resnet8
 from distill_nb.training import (Checkpoint, DivergedError, History, Objective, Recipe, Run, Setup, Supervised, Teacher,
-                                 best_precision, check_classes, evaluate, fit, fit_device, logits_of, plot_curves,
-                                 predict, scheduled)
+                                 check_classes, evaluate, fit, fit_device, logits_of, plot_curves, predict, scheduled)
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
 
@@ -191,6 +191,54 @@ def test_a_teacher_is_shown_the_stored_pixels_in_its_own_form_and_never_the_stud
     teacher.check(cropped)
     assert torch.equal(teacher(cropped.get(index, view + 5)),
                        model(theirs.replace(augment=ResizedCrop(16)).get(index, view + 5).x))
+
+
+def test_a_teacher_may_have_seen_the_centre_of_its_images():
+    data, index = images(size=16), torch.arange(6)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
+    teacher = Teacher(model, mean=[0.2], std=[0.7], size=(12, 0.75))
+    teacher.check(data)
+    expected = model(data.replace(mean=[0.2], std=[0.7]).get(index, index + 3).x[..., 2:14, 2:14].contiguous())
+    torch.testing.assert_close(teacher(data.get(index, index + 3)), expected)
+    assert torch.equal(predict(teacher, data), predict(model, teacher.own(data)))
+    assert (teacher.size, teacher.crop, Teacher(model, size=12).crop) == (12, 0.75, 1.)
+    class OldForm(ImageData):  # data that know of no crop are not asked for one
+        def seen(self, mean=None, std=None, size=None): return self
+    plain = OldForm(data.x, data.y, data.classes)
+    assert Teacher(model, size=16).own(plain) is plain
+
+
+def test_every_clause_is_part_of_the_contract_and_of_the_fingerprint():
+    model, record = net(), {'accuracy': 0.93, 'items': 180}
+    made = [Teacher(model), Teacher(model, size=8), Teacher(model, size=(8, 0.5)), Teacher(model, reached=record),
+            Teacher(model, reached={'accuracy': 0.93}), Teacher(model, list('abc'), [0.5], [0.5], read=len)]
+    assert len({t.fingerprint() for t in made}) == len(made)
+    for t in made: assert Teacher(model, **t.contract).fingerprint() == t.fingerprint()
+    again = Teacher(model, **made[2].contract)
+    assert (again.size, again.crop, Teacher(model, **made[3].contract).reached) == (8, 0.5, record)
+    assert Teacher(model, size=(8, 1)).fingerprint() == Teacher(model, size=8).fingerprint()
+    assert Teacher(model, size=(8, 1)).contract == Teacher(model, size=8).contract
+
+
+def test_fingerprints_are_those_of_before_crops_and_records():
+    "They name kept answers and checkpoints, which must be found again."
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1., 2.], [3., 4.]]))
+        model.bias.zero_()
+    assert Teacher(model).fingerprint() == '4b1b09a3bd2b8b1e'
+    assert Teacher(model, list('ab'), [0.5], [0.25], 8).fingerprint() == '39d1efdd78596dc0'
+
+
+@pytest.mark.parametrize('clause, said', [
+    (dict(size=(8, 0.5, 1)), r'size must be a whole number, or a pair \(side, crop\)'),
+    (dict(size=(8, 0)), 'crop must be'),
+    (dict(size=(8, 1.2)), 'crop must be greater than 0 and at most 1'), (dict(size=(8.5, 0.9)), 'size must be a whole'),
+    (dict(reached=0.93), 'reached must be numbers by the name of their measure'), (dict(reached={}), 'reached must be'),
+    (dict(reached={'items': 180}), 'reached must be'), (dict(reached={'accuracy': 'high'}), 'reached must be'),
+    (dict(reached={'accuracy': 0.9, 'items': 0}), 'items of reached must be a whole number of at least 1')])
+def test_a_clause_that_makes_no_sense_is_refused(clause, said):
+    with pytest.raises(ValueError, match=said): Teacher(net(), **clause)
 
 
 def test_only_a_picture_that_no_data_set_holds_is_converted():
@@ -702,10 +750,18 @@ def test_one_sentence_says_why_a_model_gives_no_logits():
     with pytest.raises(ValueError, match=r'the student does not take inputs of shape \(1, 8, 4\): .') as e:
         logits_of(model, x[..., :4], 'the student')
     assert '\n' not in str(e.value) and model.training
-    class Two(nn.Module):
-        def forward(self, x): return model(x), model(x)
-    with pytest.raises(ValueError, match='it must map inputs to a tensor of logits, but gives a tuple'):
-        logits_of(Two(), x, 'it')
+    class Then(nn.Module):
+        def __init__(self, f): super().__init__(); self.f = f
+        def forward(self, x): return self.f(model(x))
+    for f in (lambda z: (z, 2*z), lambda z: {'logits': z, 'more': 0}, lambda z: SimpleNamespace(logits=z),
+              lambda z: [[z]]):
+        assert torch.equal(logits_of(Then(f), x, 'it'), logits_of(model, x, 'it'))
+        assert torch.equal(predict(Then(f), images()), predict(model, images()))
+        assert evaluate(Then(f), images()) == evaluate(model, images())
+    for f, kind in ((lambda z: {'boxes': z}, 'dict'), (lambda z: {z.sum()}, 'set'), (lambda z: (), 'tuple'),
+                    (lambda z: ('a',), 'tuple')):
+        said = f'it gives a {kind}, in which no logits were found: it must give a tensor, a tuple that begins with one'
+        with pytest.raises(ValueError, match=said): logits_of(Then(f), x, 'it')
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step():
@@ -816,6 +872,16 @@ def test_a_loss_that_becomes_absurd_has_diverged(tmp_path, first, factor, stops)
     else:
         said = r"'a' became [\d.e+]+ at step 6 of 20; .* A smaller learning rate than 0.05"
         with pytest.raises(DivergedError, match=said): train()
+
+
+def test_a_network_whose_extra_state_is_no_tensor_is_trained_and_its_run_resumed(tmp_path):
+    class Extra(nn.Flatten):
+        def get_extra_state(self): return {'scale': 3}
+        def set_extra_state(self, state): assert state == {'scale': 3}
+    make = lambda: Supervised(nn.Sequential(Extra(), *net()[1:]))
+    fit(first := make(), images(), recipe=RECIPE, folder=tmp_path)
+    fit(again := make(), images(), recipe=RECIPE, folder=tmp_path, resume=True)
+    assert weights(again) == weights(first)
 
 
 def test_a_run_that_resumes_remembers_its_first_losses(tmp_path, interrupt):
