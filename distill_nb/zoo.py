@@ -223,15 +223,22 @@ def _kind(name):
     if kind in _prefixed: return kind, word
     return ('file' if re.search(r'\.py(:\w*)?$', name) else ''), name
 
+_WIDE = r'wrn_(\d+)_(\d+)'
+
+def _check_ours(name):
+    "Refuse a name that is neither ours nor has a prefix"
+    if name in _models or re.fullmatch(_WIDE, name): return
+    known = f"{', '.join(_models)}, wrn_DEPTH_WIDTH, torchvision:NAME, timm:NAME, hf:NAME"
+    more = f" For the folder '{name}' say hf:{name}." if Path(name).is_dir() else ''
+    raise ValueError(f"There is no model '{name}'; there are {known} and FILE.py:FUNCTION.{more}")
+
+# %% ../nbs/zoo.ipynb #a387c05a
 def _build(name, classes, channels, size):
     kind, word = _kind(name)
     if kind == 'file': return _called(name, classes, channels, size)
     if kind: return _prefixed[kind](word, classes, channels, size)
-    if m := re.fullmatch(r'wrn_(\d+)_(\d+)', name):
-        return WideResNet(int(m[1]), int(m[2]), classes, channels)
-    known = f"{', '.join(_models)}, wrn_DEPTH_WIDTH, torchvision:NAME, timm:NAME, hf:NAME"
-    if name not in _models:
-        raise ValueError(f"There is no model '{name}'; there are {known} and FILE.py:FUNCTION.")
+    _check_ours(name)
+    if m := re.fullmatch(_WIDE, name): return WideResNet(int(m[1]), int(m[2]), classes, channels)
     more = dict(stem='cifar' if size <= 64 else 'imagenet') if name in _torchvision_resnets else {}
     return _models[name](classes=classes, channels=channels, **more)
 
@@ -523,6 +530,7 @@ def _made(name, asked):
     if kind == 'file':
         make = _tried if size else _called  # no image to try without a size
         return make(name, outputs, asked.channels or 3, size)
+    if not kind: _check_ours(name)
     must(outputs, 'classes', outputs, 'the names of the classes, or their number')
     return _tried(name, outputs, asked.channels or 3, size or 32)
 

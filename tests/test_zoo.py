@@ -764,3 +764,10 @@ def test_a_teacher_takes_weights_in_the_order_of_its_own_classes(tmp_path):
     teacher = Teacher(digit_student(5), classes=NAMES[::-1])
     assert load_weights(teacher, path) is teacher
     assert torch.equal(teacher.model.fc.bias, old.fc.bias.flip(0))
+
+
+def test_a_name_that_is_none_is_named_before_its_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'checkpoint-90').mkdir()
+    with pytest.raises(ValueError, match="There is no model 'resnet18x'"): open_model('resnet18x')
+    with pytest.raises(ValueError, match='say hf:checkpoint-90'): open_model('checkpoint-90')
