@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from .files import must, progress_bar, whole, write_atomic
 from .data import CropFlip, ImageData
-from .folders import load_data
+from .sets import load_data
 from .models import count_macs
 from .training import (Recipe, Run, Setup, Supervised, best_precision, evaluate, fit,
                                  fit_device, image_order)

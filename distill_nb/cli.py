@@ -8,6 +8,7 @@ __all__ = ['distill_nb', 'distill_nb_predict', 'distill_nb_data_free', 'command_
 
 # %% ../nbs/cli.ipynb #466baad6
 import argparse, os, shutil, sys, time, warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 
-from .folders import other_files
+from .images import HIDDEN, list_images
 from .data_free import DATA_FREE
 from .training import fit_device
 from .inference import open_student, write_predictions
@@ -50,7 +51,11 @@ def distill_nb(
     mean:str=None,
     std:str=None, # The same
     size:int=None, # Side of the images that the models see; default: as they are
-    # Labelled images in the few-label setting, 0 leaves it out; default: 10 per class
+    # Folders with images that have no label, for the students that learn from the teacher; with
+    # --data folder:PATH
+    unlabelled:list=None,
+    # Labelled images in the few-label setting, 0 leaves it out; default: 10 per class, and 0 with
+    # --unlabelled
     labels:int=None,
     # T of the loss; default: chosen on the validation split, but 4 for hint, attention and
     # relational
@@ -74,6 +79,15 @@ def distill_nb(
     precision:str=None,
     root:str='data', # Where data sets are downloaded to
     skip_damaged:bool=False, # Leave out the images of a folder that can't be read
+    # Images that occur in two splits of a folder: refuse; keep; or drop, so that training gives
+    # way to validation, and both to test
+    duplicates:str='refuse',
+    class_weights:str=None, # balanced: each class counts alike in the hard loss
+    # State of each training that is kept: last, or best on the validation split
+    keep:str='last',
+    # Measurements of the validation split (one an epoch) without a better one, after which a
+    # training stops; default: none
+    patience:int=None,
     # How the student learns: alone, kd, kd_std, dkd, dist, hint, attention, relational,
     # born_again, byot, self, data_free; or a list of these to compare
     method:str='kd',
@@ -82,6 +96,8 @@ def distill_nb(
     cache:str='auto',
     # Compile what is trained with torch.compile: for long runs on a GPU
     compile:bool=False,
+    # Send the curve of every training to tensorboard, wandb or mlflow as well
+    log:str=None,
 )->dict: # The result, as in result.json
     """Distil a teacher into a student, compare it with the same student trained alone, and write
     tables, curves, weights and a report."""
@@ -103,19 +119,21 @@ def distill_nb_predict(
     resume:bool=False, # Continue the table that --out began
 )->int: # How many images could not be read
     "Name the classes of images, as a table of path, class, probability and error."
-    network, side = open_student(student, architecture)
+    network, form = open_student(student, architecture)
     network.to(fit_device(device))
-    bad, n = write_predictions(network, images, side, top, batch_size, out, resume)
+    bad, n = write_predictions(network, images, form, top, batch_size, out, resume)
     _say_left_out(images, bad, n)
     return bad
 
 # %% ../nbs/cli.ipynb #684e7318
 def _say_left_out(images, bad, n):
-    "Say how many files are no images by their suffix, and how many of `n` can't be read."
+    "Say how much was left out of folders and why, and how many of `n` images can't be read."
     places = [images] if isinstance(images, (str, Path)) else images
-    others = sum(len(other_files(f)) for f in places if os.path.isdir(f))
-    said = {'files are no images by their suffix, and were left out': others,
-            f'of {n:,} images cannot be read; their rows say why': bad}
+    said = Counter()
+    for place in filter(os.path.isdir, places):
+        for why, paths in list_images(place).left_out.items():
+            if why != HIDDEN: said[f'left out: {why}'] += len(paths)
+    said[f'of {n:,} images cannot be read; their rows say why'] = bad
     for what, count in said.items():
         if count: print(f'distill_nb_predict: {count:,} {what}', file=sys.stderr)
 
@@ -145,10 +163,20 @@ def distill_nb_data_free(
     device:str=None, # cpu, cuda or mps; default: the best there is
     precision:str='auto', # auto, float32, bfloat16 or float16
     root:str='data', # Where data sets are downloaded to
+    # Send the curve of the training to tensorboard, wandb or mlflow as well
+    log:str=None,
 )->dict: # The result, as in result.json
     """Distil a trained teacher into a student without any data, and write weights, curves, and
     the images that were made."""
     return _run(distill_nb_data_free, 'data_free', FreeOptions(**locals()), prepare_free, run_free)
+
+# %% ../nbs/cli.ipynb #d19c0002
+class _Several(argparse.Action):
+    "Values of an option that may be given several, and more than once."
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), *values])
+
+def _take_several(action): action.__class__, action.nargs, action.type = _Several, '+', str
 
 # %% ../nbs/cli.ipynb #a55d6ab5
 def command_parser(
@@ -160,6 +188,7 @@ def command_parser(
     parser.formatter_class = partial(argparse.HelpFormatter, width=width, max_help_position=24)
     for action in parser._actions:
         if not action.option_strings: action.nargs = '+'  # what has no name may be several
+        if action.type is list: _take_several(action)
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
     return parser
 

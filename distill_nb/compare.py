@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .files import fingerprint, must, progress_bar, whole
 from .losses import check_logits
-from .data import Measure
+from .data import Measure, check_data
 from .training import (DivergedError, Recipe, evaluate, fit, fit_device, placed,
                                  setup_of)
 
@@ -61,7 +61,7 @@ class Contender(NamedTuple):
     "A way to train a student, for a comparison."
     make: object            # Function from a student to an objective
     data: object            # The training set
-    recipe: object = None   # A Recipe of its own; None: that of the comparison
+    recipe: object = None   # Of its own, but for keep, patience and rows; None: the comparison's
     before: object = None   # Trains what make needs, and gives it to make behind the student
 
     def objective(self,
@@ -79,6 +79,7 @@ class Comparison:
     primary: Measure # What they are compared by
     histories: dict = field(default_factory=dict) # {name: History}, of the first seed
     students: dict = field(default_factory=dict) # {name: (value on the validation split, student)}
+    teacher: dict = field(default_factory=dict) # Its class_accuracy on the test split, where known
 
     @property
     def seeds(self):
@@ -154,10 +155,18 @@ class _Noted:
             self.choices.append(chosen.flatten())
             yield logits, batch
 
+# %% ../nbs/compare.ipynb #c1a55c01
+@patch
+def by_class(self:_Noted)->dict:
+    "The share of each class that was recognised, where the data know such a thing."
+    found = self.data.recalls(self.choices)
+    return {} if found is None else {'class_accuracy': found}
+
 # %% ../nbs/compare.ipynb #4a33a0b3
 @patch
 def _keep(self:Comparison, name, seed, student, history, measured):
-    self.runs.append({'model': name, 'seed': seed} | measured | {'seconds': history.seconds})
+    took = {'steps': history.steps, 'planned': history.planned, 'seconds': history.seconds}
+    self.runs.append({'model': name, 'seed': seed} | measured | took)
     self.histories.setdefault(name, history)
     value = measured[f'valid_{self.primary.name}']
     best = self.students.get(name)
@@ -218,33 +227,35 @@ def _trials(make_student, contenders, seeds, progress):
 
 # %% ../nbs/compare.ipynb #79535def
 def _in_steps(recipe, contenders):
-    "The recipe of all with a number of steps: as many as the one with the most items takes."
-    steps = [recipe.total_steps(len(c.data)) for c in contenders.values() if c.recipe is None]
-    return replace(recipe, steps=max(steps)) if steps else recipe
+    "The recipe of all with a number of steps and rows: those of the one with the most items."
+    items = [len(c.data) for c in contenders.values() if c.recipe is None]
+    return recipe.as_for(max(items)) if items else recipe
 
 @patch
 def _train(self:Contender, student, recipe, valid, setup, trial):
     "The history of one trial, a name and a seed; where it diverged, the message says whose it was."
     name, seed = trial
-    recipe, setup = replace(self.recipe or recipe, seed=seed), setup.inside(f'{name}-{seed}')
-    try: return fit(self.objective(student), self.data, recipe, valid, setup=setup)
+    own, setup = self.recipe or recipe, setup.inside(f'{name}-{seed}')
+    own = replace(own, seed=seed, keep=recipe.keep, patience=recipe.patience,
+                  rows=recipe.rows or own.rows)
+    try: return fit(self.objective(student), self.data, own, valid, setup=setup)
     except DivergedError as e: raise DivergedError(f'{name}, seed {seed}: {e}') from e
 
 # %% ../nbs/compare.ipynb #2aedc0ac
 class _Judge:
     "Measures students on the validation split, and on the test split where there is one."
     def __init__(self, valid, test, teacher, device):
-        self.valid, self.device, self.taught = valid.to(device), device, None
+        self.valid, self.device, self.taught, self.teacher = valid.to(device), device, None, {}
         self.test = None if test is None else _Noted(test.to(device))
         if teacher is None or test is None: return
         with placed(teacher, device): evaluate(teacher, self.test)
-        self.taught = self.test.choices
+        self.taught, self.teacher = self.test.choices, self.test.by_class()
 
     def __call__(self, student):
         name = self.valid.measures[0].name
         with placed(student, self.device):
             found = {f'valid_{name}': evaluate(student, self.valid)[name]}
-            if self.test is not None: found |= evaluate(student, self.test)
+            if self.test is not None: found |= evaluate(student, self.test) | self.test.by_class()
         if self.taught is None: return found
         return found | {'agreement': _share_of(self.test.choices == self.taught, self.taught >= 0)}
 
@@ -257,6 +268,7 @@ def _check_contenders(contenders, name='contenders'):
         if not isinstance(c, Contender):
             raise ValueError(f'{name} must be values of Contender, '
                              f'but {label!r} is a {type(c).__name__}.')
+        check_data(c.data, f'data of {label!r}')
         must(callable(c.make), f'make of {label!r}', c.make, 'a function from a student')
         must(c.recipe is None or isinstance(c.recipe, Recipe), f'recipe of {label!r}', c.recipe,
              'a Recipe or None')
@@ -267,10 +279,13 @@ def _check_contenders(contenders, name='contenders'):
 def _begin(contenders, valid, test, teacher, setup):
     "An empty comparison, its judge and the setup of its runs, in which the device is fixed."
     _check_contenders(contenders)
+    check_data(valid, 'valid')
+    if test is not None: check_data(test, 'test')
     must(valid.measures, 'measures of valid', valid.measures, 'at least one Measure')
     setup = replace(setup, device=fit_device(setup.device), resume=True)
     judge = _Judge(valid, test, teacher, setup.device)
-    return Comparison([], next(iter(contenders)), valid.measures[0]), judge, setup
+    found = Comparison([], next(iter(contenders)), valid.measures[0], teacher=judge.teacher)
+    return found, judge, setup
 
 # %% ../nbs/compare.ipynb #435a7d24
 def compare(
@@ -293,6 +308,18 @@ def compare(
             found._keep(name, seed, student, history, judge(student))
     return found
 
+# %% ../nbs/compare.ipynb #b5e0b101
+@patch(as_prop=True)
+def stopped_early(self:Comparison)->bool:
+    "Did a run take fewer steps than were planned?"
+    return any(r['steps'] < r['planned'] for r in self.runs if r.get('planned'))
+
+# %% ../nbs/compare.ipynb #c1a55c02
+def _mean(values):
+    "The mean over the seeds; of lists, place by place, and None where a place has no value."
+    if not isinstance(values[0], list): return interval(values)[0]
+    return [None if None in own else _mean(own) for own in zip(*values)]
+
 # %% ../nbs/compare.ipynb #83400f1e
 @patch
 def rows(self:Comparison,
@@ -301,14 +328,15 @@ def rows(self:Comparison,
     "Mean over the seeds, and the difference to the baseline paired by seed, with 95 % intervals."
     usual, measure, out = measure is None, measure or self.measure, []
     base, name_of = self.values(self.baseline, measure), self.primary.name
-    more = [k for k in self.runs[0] if k not in ('model', 'seed', name_of, f'valid_{name_of}')]
+    apart = 'model', 'seed', name_of, f'valid_{name_of}', 'steps', 'planned'
+    more = [k for k in self.runs[0] if k not in apart] + ['steps', 'planned'] * self.stopped_early
     for name in self.names:
         own = self.values(name, measure)
         row = dict(zip(('model', measure, 'ci95'), (name, *interval(own))))
         if name != self.baseline:
             difference = interval(a - b for a, b in zip(own, base))
             row |= zip(('difference', 'difference_ci95'), difference)
-        out.append(row | {k: interval(self.values(name, k))[0] for k in more if usual})
+        out.append(row | {k: _mean(self.values(name, k)) for k in more if usual})
     return out
 
 # %% ../nbs/compare.ipynb #482023a5
@@ -350,12 +378,13 @@ def _cell(value, digits):
 def table(
     rows:list, # Dicts
     digits:int=3, # Decimal places of fractions
-    columns:dict|None=None, # {title: function of a row that gives text}; None: every key
+    columns:dict|None=None, # {title: function of a row that gives text}; None: all keys that fit
 )->Table:
     "Rows as a table; a column without a value is left out."
     whole('digits', digits, 0)
     if columns is None:
-        columns = {k: lambda r, k=k: _cell(r.get(k), digits) for r in rows for k in r}
+        keys = dict.fromkeys(k for r in rows for k in r if k != 'class_accuracy')
+        columns = {k: lambda r, k=k: _cell(r.get(k), digits) for k in keys}
     cells = [[str(show(r)) for show in columns.values()] for r in rows]
     used = [i for i, column in enumerate(zip(*cells)) if any(column)]
     pick = lambda row: [row[i] for i in used]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Batch', 'show_images', 'CropFlip', 'mix', 'epoch_order', 'resize', 'ResizedCrop', 'count_values', 'channel_stats',
-           'Measure', 'Measured', 'Data', 'Sight', 'ImageData', 'calibration_error', 'Splits', 'stratified', 'digits',
-           'few_labels']
+           'Measure', 'Measured', 'Data', 'check_data', 'Sight', 'ImageData', 'calibration_error', 'class_weights',
+           'Splits', 'check_splits', 'judged_alike', 'stratified', 'digits', 'few_labels']
 
 # %% ../nbs/02_data.ipynb #9867b1bb
 import copy, hashlib, json, math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
+from torch.utils.data import DataLoader, Dataset
 
 from .files import must, number, whole
 from .losses import UNLABELLED, check_rows
@@ -192,27 +194,77 @@ def _crop_shapes(scale, ratio, side):
 @patch
 def boxes(self:ResizedCrop,
     view:Tensor,  # Numbers of the views, shape (B,)
-    side:int,  # Side of the image
+    side:int,  # Side of the stored image
+    shapes:Tensor=None,  # Height and width before it was squeezed, (B, 2); None: it was square
 )->tuple:  # top, left, height, width (int64) and mirrored (bool), each of shape (B,)
-    "The piece that each view cuts out; view 0 is the whole image."
-    shapes = _crop_shapes(self.scale, self.ratio, side).to(view.device)
-    h, w = shapes[mix(view, 0) % len(shapes)].unbind(1)
+    "The piece of the stored image that each view cuts out; view 0 is the largest central square."
+    if shapes is None:
+        sizes = _crop_shapes(self.scale, self.ratio, side).to(view.device)
+        (h, w), square = sizes[mix(view, 0) % len(sizes)].unbind(1), 2*(0*view + side,)
+    else: (h, w), square = _pieces(self, mix(view, 0), side, shapes), _squares(side, shapes)
     top, left = mix(view, 1) % (side - h + 1), mix(view, 2) % (side - w + 1)
     mirrored, cut = (mix(view, 3) % 2 == 1) & self.flip, view != 0
-    return top*cut, left*cut, torch.where(cut, h, side), torch.where(cut, w, side), mirrored & cut
+    box, first = (top, left, h, w), (*((side - n)//2 for n in square), *square)
+    return *(torch.where(cut, a, b) for a, b in zip(box, first)), mirrored & cut
 
 # %% ../nbs/02_data.ipynb #c9974506
+def _cut(x, box, size):
+    "Pieces of images, resized to a square: cropping and mirroring are in the weights."
+    side, (top, left, h, w, mirrored) = x.shape[-1], box
+    rows = _resize_weights(top, h, side, size)
+    cols = _resize_weights(left, w, side, size)
+    return _resample(x, rows, torch.where(mirrored[:, None, None], cols.flip(1), cols))
+
 @patch
 def __call__(self:ResizedCrop,
     x:Tensor,  # Images, uint8 or float, shape (B, channels, H, W) with H = W
     view:Tensor,  # Numbers of the views, shape (B,)
+    shapes:Tensor=None,  # Height and width of each before it was squeezed; None: square
 )->Tensor:  # Same dtype, shape (B, channels, size, size)
-    "The asked view of each image, resized: cropping and mirroring are in the weights."
-    side = x.shape[-1]
-    top, left, h, w, mirrored = self.boxes(view, side)
-    rows = _resize_weights(top, h, side, self.size)
-    cols = _resize_weights(left, w, side, self.size)
-    return _resample(x, rows, torch.where(mirrored[:, None, None], cols.flip(1), cols))
+    "The asked view of each image, resized."
+    return _cut(x, self.boxes(view, x.shape[-1], shapes), self.size)
+
+# %% ../nbs/02_data.ipynb #5a9e0003
+def _root(x):
+    "The square root of whole numbers, rounded down: the same on every device."
+    n = x.float().sqrt().long()
+    n -= (n*n > x).long()
+    return n + ((n + 1)**2 <= x)
+
+@lru_cache(maxsize=None)
+def _draws(scale, ratio):
+    "4,096 times ten tries: area / ratio and area · ratio, in 2^-20, int64, (4096, 10, 2)."
+    import random
+    rng, logs = random.Random(0), [math.log(r) for r in ratio]
+    def draw():
+        area, r = rng.uniform(*scale), math.exp(rng.uniform(*logs))
+        return [min(round(2**20*v), 2**27) for v in (area/r, area*r)]
+    return torch.tensor([[draw() for _ in range(10)] for _ in range(4096)])
+
+# %% ../nbs/02_data.ipynb #5a9e0006
+def _small(shapes):
+    "Heights and widths, (B, 1) each, brought below 2^12, so that their products fit into 64 bits."
+    return (shapes//(shapes.amax(1, keepdim=True)//2**12 + 1)).clamp(min=1).split(1, dim=1)
+
+def _pieces(augment, number, side, shapes):
+    "Height and width on the stored square of pieces of true pictures, (B,) each."
+    draws, (high, wide) = _draws(augment.scale, augment.ratio).to(shapes.device), _small(shapes)
+    a, b = draws[number % len(draws)].unbind(-1)  # (B, 10)
+    def length(share, across, along):
+        return (_root(4*side**2*share*across//(along*2**20)) + 1)//2  # half of twice the length
+    h, w = length(a, wide, high), length(b, high, wide)
+    fits = (0 < h) & (h <= side) & (0 < w) & (w <= side)
+    low, top = (round(2**20*r) for r in augment.ratio)
+    largest = side*wide*2**20//(high*low), side*high*top//(wide*2**20)
+    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1, keepdim=True)
+    return [torch.where(none, last.clamp(1, side), n.gather(1, first))[:, 0]
+            for n, last in zip((h, w), largest)]
+
+# %% ../nbs/02_data.ipynb #5a9e0008
+def _squares(side, shapes):
+    "Height and width on the stored square of the largest square in each true picture, (B,) each."
+    short = shapes.amin(1, keepdim=True)
+    return ((2*side*short + shapes)//(2*shapes)).clamp(min=1).unbind(1)
 
 # %% ../nbs/02_data.ipynb #6e63f6f7
 def count_values(
@@ -338,6 +390,26 @@ def seen(self:Data,
     raise ValueError(f"a {type(self).__name__} gives its items in one form, "
                      f"but a network wants its own {', '.join(asked)}.")
 
+# %% ../nbs/02_data.ipynb #d0c4ec02
+def _kind_of(value, made='image_data'):
+    "What was given instead of data, and how it becomes data."
+    kind = type(value).__name__
+    if isinstance(value, DataLoader): return f'{kind}: pass its data set, {made}(loader.dataset)'
+    if isinstance(value, Mapping):
+        return f"{kind}: dataset_splits(data['train'], test=data['test']) makes splits of its parts"
+    if isinstance(value, Dataset) or hasattr(value, 'features') and hasattr(value, '__len__'):
+        return f'{kind}: image_data(dataset) makes data of it, and dataset_splits all three splits'
+    return kind
+
+def check_data(
+    data,  # What was given
+    name:str='data',  # Of the argument
+):
+    "Refuse what is no data set of this library, and say how it becomes one."
+    if isinstance(data, Data) or hasattr(data, 'measures'): return
+    raise ValueError(f'{name} must be a data set, such as an ImageData (of Splits, one of the '
+                     f'three), but is a {_kind_of(data)}.')
+
 # %% ../nbs/02_data.ipynb #a6de0b1b
 @dataclass(frozen=True)
 class Sight:
@@ -349,6 +421,8 @@ class Sight:
     views: int = None  # Show only this many views of each image; all that augment has if None
     crop: float = 1.  # Share of a view's side that is shown, from its centre
 
+    def __post_init__(self): self._check()
+
     def wanting(self, mean=None, std=None, size=None, crop=None):
         "The same views for a network that wants another normalisation, or another size and crop."
         if size: crop = crop or 1.  # a size alone means the whole view
@@ -357,6 +431,32 @@ class Sight:
         if size and hasattr(self.augment, 'size'):
             changes['augment'] = replace(self.augment, size=round(size/crop))
         return replace(self, **changes)
+
+# %% ../nbs/02_data.ipynb #d0c4ec05
+def _check_augment(augment):
+    "Refuse what does not make views that have numbers."
+    if callable(augment) and number(getattr(augment, 'n', None)) >= 1: return
+    raise ValueError('augment must make views that have numbers, as CropFlip(pad=4, flip=True) '
+                     f'and ResizedCrop(size) do, but is a {type(augment).__name__}.')
+
+def _check_channels(name, values):
+    "Refuse what is not one number for each channel, however many there are."
+    if values is None: return
+    try: ok = all(math.isfinite(v) and (name == 'mean' or v > 0) for v in values)
+    except (TypeError, ValueError): ok = False
+    must(ok, name, values, 'finite numbers' + ' greater than 0'*(name == 'std'))
+
+# %% ../nbs/02_data.ipynb #d0c4ec06
+@patch
+def _check(self:Sight):
+    "Refuse what no images could be seen with."
+    _check_augment(self.augment)
+    if self.size is not None: whole('size', self.size)
+    must(0 < number(self.crop) <= 1, 'crop', self.crop, 'greater than 0 and at most 1')
+    n, views = self.augment.n, self.views
+    must(views is None or isinstance(views, int) and 1 <= views <= n, 'views', views,
+         f'a whole number from 1 to the {n:,} that {self.augment} has')
+    for name in ('mean', 'std'): _check_channels(name, getattr(self, name))
 
 # %% ../nbs/02_data.ipynb #dd5e0aae
 def _images(x):
@@ -379,15 +479,18 @@ def _normalised(sight, x):
 # %% ../nbs/02_data.ipynb #167d65a9
 class ImageData(Data):
     "Square images as one uint8 tensor on a device, with labels, views and normalisation."
+    by_class = None  # are answers judged class by class? None: as its own labels say
+
     def __init__(self,
         x:Tensor,  # Pixels, uint8, shape (N, channels, H, W) with H = W
         y:Tensor,  # Labels, integers, shape (N,); UNLABELLED where there is none
         classes:list,  # Names of the classes; label 0 is the first
         name:str='',  # For tables and messages
+        shapes=None,  # Height and width of each before it was squeezed, (N, 2); None: square
         **sight,  # Fields of Sight: mean, std, augment, size, views, crop
     ):
         self.x = _images(x)
-        self._set_labels(y, classes, len(self.x), self.x.device)
+        self._set_labels(y, classes, len(self.x), self.x.device, shapes)
         self._set(_normalised(Sight(**sight), self.x), name=name)
 
 # %% ../nbs/02_data.ipynb #d35731e7
@@ -451,6 +554,15 @@ def _check_form(y, n):
         raise ValueError(f'y must hold one label for each of the {n:,} images, '
                          f'but has shape {tuple(y.shape)}.')
 
+def _checked_shapes(shapes, n):
+    "Heights and widths as a tensor, unless they do not fit `n` images."
+    if shapes is None: return None
+    shapes = torch.as_tensor(shapes)
+    fits = not shapes.is_floating_point() and shapes.shape == (n, 2) and shapes.min() >= 1
+    must(fits, 'shapes', f'{shapes.dtype} of shape {tuple(shapes.shape)}',
+         f'height and width of each of the {n:,} images: whole numbers of at least 1')
+    return shapes.long()
+
 # %% ../nbs/02_data.ipynb #95f60347
 def _check_labels(y, classes):
     "Refuse names of classes, and labels that do not fit them."
@@ -470,26 +582,21 @@ def _check_labels(y, classes):
 @patch
 def _check_sight(self:ImageData):
     "Refuse a sight that does not fit the images."
-    s, n = self.sight, self.augment.n
-    if s.size is not None: whole('size', s.size)
-    must(0 < number(s.crop) <= 1, 'crop', s.crop, 'greater than 0 and at most 1')
-    must(s.views is None or isinstance(s.views, int) and 1 <= s.views <= n, 'views', s.views,
-         f'a whole number from 1 to the {n:,} that {s.augment} has')
-    for name, values in (('mean', s.mean), ('std', s.std)):
+    must(self.by_class in (None, True, False), 'by_class', self.by_class, 'True, False or None')
+    for name, values in (('mean', self.mean), ('std', self.std)):
         if len(values) != self.channels:
             raise ValueError(f'{name} must hold one number for each of the '
                              f'{self.channels} channels, but is {values}.')
-    must(all(map(math.isfinite, s.mean)), 'mean', s.mean, 'finite numbers')
-    must(all(0 < v < math.inf for v in s.std), 'std', s.std, 'finite numbers greater than 0')
 
 # %% ../nbs/02_data.ipynb #515987f8
 @patch
-def _set_labels(self:ImageData, y, classes, n, device=None):
-    "Take over labels and class names that fit `n` images."
+def _set_labels(self:ImageData, y, classes, n, device=None, shapes=None):
+    "Take over labels, class names and shapes that fit `n` images."
     y, self.classes = torch.as_tensor(y), [str(c) for c in classes]
     _check_form(y, n)
     _check_labels(y, self.classes)
     self.y = y.to(device or y.device, torch.int64)
+    self.shapes = _checked_shapes(shapes, n)
 
 @patch
 def _set(self:ImageData, sight, **content):
@@ -498,6 +605,7 @@ def _set(self:ImageData, sight, **content):
     numbers = ([float(u) for u in v] for v in (sight.mean, sight.std))
     self.sight = replace(sight, **dict(zip(('mean', 'std'), numbers)))
     self._check_sight()
+    if self.shapes is not None: self.shapes = self.shapes.to(self.device)
     mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.mean, self.std))
     self._scale, self._shift, self._hash = 1/(255*std), -mean/std, {}
 
@@ -505,6 +613,7 @@ def _set(self:ImageData, sight, **content):
 @patch
 def __repr__(self:ImageData):
     shown = f' shown as {self.size}×{self.size}' if self.size != self.side else ''
+    if self.shapes is not None: shown = f' (squeezed){shown}'
     if self.crop != 1: shown += f', the centre of {round(self.size/self.crop)}²'
     images = f'{len(self):,} images {self.channels}×{self.side}×{self.side}{shown}'
     views = 'no augmentation' if self.n_views == 1 else f'{self.n_views:,} views'
@@ -527,8 +636,20 @@ def _centre(x, size):
 @patch
 def _finish(self:ImageData, x, index, view):
     "From stored pixels to a `Batch`."
-    x = _centre(resize(self.augment(x, view), round(self.size/self.crop)), self.size)
+    x = _centre(resize(self._views(x, index, view), round(self.size/self.crop)), self.size)
     return Batch(x.float().mul_(self._scale).add_(self._shift), self.y[index], index, view)
+
+# %% ../nbs/02_data.ipynb #43f64155
+@patch
+def _views(self:ImageData, x, index, view):
+    "The views of stored pixels, in the shapes of the true pictures."
+    if self.shapes is None: return self.augment(x, view)
+    shapes = self.shapes[index]
+    if hasattr(self.augment, 'boxes'): return self.augment(x, view, shapes)
+    h, w = _squares(self.side, shapes)
+    box = (self.side - h)//2, (self.side - w)//2, h, w, view < 0  # none is mirrored
+    still = self.augment.n == 1
+    return self.augment(_cut(x, box, round(self.size/self.crop) if still else self.side), view)
 
 # %% ../nbs/02_data.ipynb #7caa8dfb
 @patch
@@ -570,35 +691,108 @@ def calibration_error(
     return (gaps.abs().sum() / labels.numel()).item()
 
 # %% ../nbs/02_data.ipynb #a6de0b1e
-ImageData.measures = (Measure('accuracy', share=True), Measure('loss', higher=False),
-                      Measure('ece', higher=False, share=True))
-
 @patch(as_prop=True)
 def labelled(self:ImageData):
     "Which images have a label, bool, shape (N,)."
     return self.y != UNLABELLED
 
 @patch(as_prop=True)
+def counts(self:ImageData):
+    "How many labelled images each class has, int64, shape (C,)."
+    return self.y[self.labelled].bincount(minlength=len(self.classes))
+
+@patch(as_prop=True)
 def chance(self:ImageData):
     "The share of each class among the labelled images, float64, shape (C,)."
-    counts = self.y[self.labelled].bincount(minlength=len(self.classes)).double()
+    counts = self.counts.double()
     return counts / counts.sum()
+
+# %% ../nbs/02_data.ipynb #c1a55e01
+_MEASURES = (Measure('accuracy', share=True), Measure('balanced_accuracy', share=True),
+             Measure('loss', higher=False), Measure('ece', higher=False, share=True))
+
+@patch(as_prop=True)
+def unequal(self:ImageData):
+    "Does a class have more than twice as many labelled images as another that occurs?"
+    counts = self.counts[self.counts > 0]
+    return len(counts) > 0 and bool(counts.max() > 2*counts.min())
+
+@patch(as_prop=True)
+def measures(self:ImageData):
+    "What is measured of its images; where classes are unequal, balanced accuracy comes first."
+    by_class = self.unequal if self.by_class is None else self.by_class
+    first = 'balanced_accuracy' if by_class else 'accuracy'
+    return tuple(sorted(_MEASURES, key=lambda m: m.name != first))
 
 # %% ../nbs/02_data.ipynb #a6de0b1f
 def _there(logits, batch): return (t[batch.weight > 0] for t in (logits, batch.y))
 
+def _named(counts, right, loss, gaps):
+    "The measures, from images and hits of each class, and from sums over all images."
+    n, some = counts.sum().item(), counts > 0
+    balanced = (right[some].double()/counts[some]).mean()
+    return {'accuracy': right.sum().item()/n, 'balanced_accuracy': balanced.item(),
+            'loss': loss.item()/n, 'ece': gaps.abs().sum().item()/n}
+
+# %% ../nbs/02_data.ipynb #c1a55e03
 @patch
 def measure(self:ImageData,
     answers,  # Pairs of logits, shape (B, C), and the batch that they are for
-)->dict:  # {name: value}
-    "Accuracy, cross-entropy with the labels in nats, and expected calibration error."
-    n = right = loss = gaps = 0
+)->dict:  # {name: value}, the primary one first
+    "Accuracy, plain and balanced, cross-entropy in nats, and expected calibration error."
+    counts = right = loss = gaps = 0
+    def count(y): return y.bincount(minlength=len(self.classes))
     for logits, batch in answers:
         z, y = (logits, batch.y) if batch.weight is None else _there(logits, batch)
-        n, right = n + len(y), right + (z.argmax(1) == y).sum()
+        counts, right = counts + count(y), right + count(y[z.argmax(1) == y])
         loss = loss + F.cross_entropy(z, y, reduction='sum').double()
         gaps = gaps + _gaps(z, y)
-    return {'accuracy': right.item()/n, 'loss': loss.item()/n, 'ece': gaps.abs().sum().item()/n}
+    found = _named(counts, right, loss, gaps)
+    return {m.name: found[m.name] for m in self.measures}
+
+# %% ../nbs/02_data.ipynb #c1a55e08
+@patch
+def recalls(self:Data,
+    chosen:Tensor,  # The class that was chosen for each place, in order, int64; -1: not there
+)->list|None:  # A share for each class, None for one that does not occur; None: no such thing
+    "What share of each class was recognised."
+
+@patch
+def recalls(self:ImageData, chosen):
+    "As of every data set, of its images."
+    y, chosen = self.y[chosen >= 0], chosen[chosen >= 0]
+    counts, right = (k.bincount(minlength=len(self.classes)) for k in (y, y[chosen == y]))
+    return [r/n if n else None for r, n in zip(right.tolist(), counts.tolist())]
+
+# %% ../nbs/02_data.ipynb #c1a55e0b
+@patch
+def sample_size(self:Data,
+    measure:Measure,  # One of those of this data set
+)->int:
+    "How many items tell what is measured; where some tell more than others, how many alike would."
+    return int(self.labelled.sum())
+
+@patch
+def sample_size(self:ImageData, measure):
+    "As of every data set; of balanced accuracy, were all classes equally frequent."
+    if measure.name != 'balanced_accuracy': return Data.sample_size(self, measure)
+    counts = self.counts[self.counts > 0].double()
+    return round(len(counts)**2/(1/counts).sum().item())
+
+# %% ../nbs/02_data.ipynb #c1a55e0e
+def class_weights(
+    data:Data,  # Of which some items at least have a label
+)->Tensor:  # float32, shape (C,), on the CPU
+    "How much each class counts, so that all count alike: N / (C · n), King & Zeng 2001."
+    check_data(data)
+    if data.chance is None:
+        raise ValueError('data must know the share of each class for class_weights, '
+                         f'but a {type(data).__name__} has no chance.')
+    share = data.chance.cpu()
+    none = [data.classes[i] for i in (~(share > 0)).nonzero()[:, 0].tolist()]
+    must(not none, 'data', f'without a labelled image of {str(none)[1:-1]:.200}',
+         'one in which every class has a label, so that it can be given a weight')
+    return (1/(len(share)*share)).float()
 
 # %% ../nbs/02_data.ipynb #323f0911
 @patch
@@ -609,11 +803,11 @@ def _copy(self:ImageData, sight=None, **content):
 
 @patch
 def replace(self:ImageData,
-    **changes,  # A new name, or new values of fields of Sight: mean, std, augment, size and so on
+    **changes,  # A new name or by_class, or fields of Sight: mean, std, augment, size and so on
 )->ImageData:
-    "A copy with another name, or seen otherwise."
+    "A copy with another name, or seen or judged otherwise."
     own = [f.name for f in fields(Sight)]
-    known = [*own, 'name', *(['workers'] if hasattr(self, 'workers') else [])]
+    known = [*own, 'name', 'by_class', *(['workers'] if hasattr(self, 'workers') else [])]
     if unknown := [k for k in changes if k not in known]:
         raise ValueError(f"replace can change {', '.join(known)}, "
                          f"but was given {', '.join(unknown)}.")
@@ -661,7 +855,12 @@ def _positions(self:ImageData, indices, name):
     return i
 
 @patch
-def _take(self:ImageData, i): return self._copy(x=self.x[i], y=self.y[i])
+def _rows(self:ImageData, i):
+    "What is known of some images besides their pixels."
+    return dict(y=self.y[i], shapes=None if self.shapes is None else self.shapes[i])
+
+@patch
+def _take(self:ImageData, i): return self._copy(x=self.x[i], **self._rows(i))
 
 # %% ../nbs/02_data.ipynb #fdaa68bb
 @patch
@@ -683,12 +882,13 @@ def unlabelled(self:ImageData,
     y[keep] = self.y[keep]
     return self._copy(y=y)
 
-# %% ../nbs/02_data.ipynb #f878119f
+# %% ../nbs/02_data.ipynb #f878119e
 @patch
 def _digests(self:ImageData):
     "SHA-256 of each image's pixels, one after the other: 32 bytes for each."
     return b''.join(hashlib.sha256(image).digest() for image in self.x.cpu().contiguous().numpy())
 
+# %% ../nbs/02_data.ipynb #f878119f
 @patch
 def fingerprint(self:ImageData,
     labels:bool=True,  # Count labels, class names and the choice of views as well?
@@ -699,6 +899,7 @@ def fingerprint(self:ImageData,
                      augment=repr(self.augment), size=self.size, mean=self.mean, std=self.std)
         if self.sight.views: about['views'] = self.sight.views
         if self.crop != 1: about['crop'] = self.crop
+        if self.shapes is not None: about['shapes'] = self.shapes.tolist()
         if not labels: about = {k: v for k, v in about.items() if k not in ('classes', 'views')}
         y = self.y.cpu().numpy().tobytes() if labels else b''
         content = json.dumps(about).encode() + y + self._digests()
@@ -731,11 +932,39 @@ def view_number(self:ImageData,
     return (view - mix(1, index) % n) % n*pow(_view_stride(n), -1, n) % n
 
 # %% ../nbs/02_data.ipynb #812d7c23
-class Splits(NamedTuple):
-    "Learn from the first, choose on the second, report the third once."
+class _Three(NamedTuple):
     train: Data
     valid: Data
     test: Data
+
+class Splits(_Three):
+    "Learn from the first, choose on the second, report the third once."
+    __slots__ = ()
+    def __new__(cls, train:Data, valid:Data, test:Data):
+        for name, data in zip(cls._fields, (train, valid, test)): check_data(data, name)
+        return super().__new__(cls, train, valid, test)
+
+def check_splits(
+    data,  # What was given
+):
+    "Refuse what are no splits, and say how it becomes some."
+    if isinstance(data, Splits): return
+    raise ValueError('data must be Splits, which hold three data sets, '
+                     f"but is a {_kind_of(data, 'dataset_splits')}.")
+
+# %% ../nbs/02_data.ipynb #c1a55e22
+def _judged_by_class(data):
+    return isinstance(data, ImageData) and data.measures[0].name == 'balanced_accuracy'
+
+def judged_alike(
+    splits:Splits,  # Three data sets
+)->Splits:
+    "The same, all judged class by class where the labelled classes of one are unequal."
+    judged = [_judged_by_class(data) for data in splits]
+    if any(judged) == all(judged): return splits
+    images = (isinstance(data, ImageData) for data in splits)
+    return Splits(*(data.replace(by_class=True) if own else data
+                    for data, own in zip(splits, images)))
 
 # %% ../nbs/02_data.ipynb #3ecc85da
 def stratified(
@@ -781,6 +1010,7 @@ def few_labels(
     seed:int=0,  # Of the choice
 )->tuple:  # The n labelled images alone; and all images, with only those labels
     "Keep `n` labels, every class with its share."
+    check_data(train, 'train')
     has = (train.y != UNLABELLED).nonzero()[:, 0].cpu()
     keep = has[stratified(train.y.cpu()[has], n, seed)[1]]
     if missing := sorted(set(train.y[has].tolist()) - set(train.y[keep].tolist())):

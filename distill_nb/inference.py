@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .files import must, progress_bar, whole, write_atomic
 from .weights import read_checkpoint
 from .data import UNLABELLED, ImageData
-from .folders import IMAGE_SUFFIXES, damage, image_files, read_images
+from .images import Form, Seen, damage, image_files, read_images
 from .training import Teacher, check_answers, check_classes, device_of, predict
 from .zoo import opened
 
@@ -39,17 +39,21 @@ def _check_unasked(path, name):
                          f'unasked: say it with --architecture {shlex.quote(name)}.')
 
 # %% ../nbs/inference.ipynb #0a5b6c2a
+def _mode(teacher): return {1: 'L', 3: 'RGB'}.get(len(teacher.mean or ()))
+
 def open_student(
     path,                   # The file of its weights
     architecture:str=None,  # Name of the network, or FILE.py:FUNCTION; None: what the file says
-)->tuple:  # The network as a Teacher; the side at which images are decoded, or None
+)->tuple:  # The network as a Teacher; the Form of its images; None: the file doesn't say
     "A student ready to be asked, from its file."
     facts = _facts(path)
     if architecture is None: _check_unasked(path, facts.get('architecture'))
     named = (path,) if architecture is None else (architecture, path)
     found = opened(*named)
     for line in found.said: print(f'student: {line}', file=sys.stderr)  # stdout is for the table
-    return found.teacher, int(facts['side']) if 'side' in facts else None
+    if 'side' not in facts: return found.teacher, None
+    form = Form(int(facts['side']), _mode(found.teacher), facts.get('whole') == 'True')
+    return found.teacher, form
 
 # %% ../nbs/inference.ipynb #0a5b6c0d
 def _found(path):
@@ -57,7 +61,7 @@ def _found(path):
     if os.path.isfile(path): return [path]
     must(os.path.isdir(path), 'images', path, 'image files and folders that exist')
     files = image_files(path)
-    must(files, 'images', path, f"folders that hold images ({', '.join(IMAGE_SUFFIXES)}), or files")
+    must(files, 'images', path, 'folders that hold images (.jpg, .png, ...), or files')
     return files
 
 def image_paths(
@@ -73,30 +77,40 @@ def _named(files):
     return hashlib.sha256(text).hexdigest()[:16]
 
 # %% ../nbs/inference.ipynb #0a5b6c10
-def _check(teacher, side, top, batch_size):
-    "Refuse a network that lacks a clause, and numbers that make no sense; the side to decode at."
+def _check(teacher, form, top, batch_size):
+    "Refuse a network that lacks a clause, and what makes no sense; the form to decode in."
     must(isinstance(teacher, Teacher), 'teacher', teacher, 'a Teacher, as open_model gives it')
     lacks = [k for k in ('classes', 'mean', 'std', 'size') if getattr(teacher, k) is None]
     if lacks:
         raise ValueError(f"the network must know its {', '.join(lacks)} to be asked as it was "
                          'trained: use Teacher(model, classes=[...], mean=[...], std=[...], '
                          'size=...), which --architecture FILE.py:FUNCTION may also return.')
-    side = round(teacher.size/teacher.crop) if side is None else side
-    for name, value in (('side', side), ('batch_size', batch_size)): whole(name, value)
+    whole('batch_size', batch_size)
     whole('top', top, 1, len(teacher.classes))
-    must(_mode(teacher), 'mean', teacher.mean, 'one number for each of 1 or 3 channels')
-    blank = np.zeros((2, len(teacher.mean), side, side), np.uint8)
-    check_classes(teacher, _seen(teacher, blank), 'the network')
-    return side
+    form = _fitting(teacher, form)
+    blank = np.zeros((len(form.mode), form.side, form.side), np.uint8)
+    check_classes(teacher, _shown(teacher, form, [(Seen(1, 1, form.mode), blank)]*2), 'the network')
+    return form
+
+# %% ../nbs/inference.ipynb #0a5b6c38
+def _fitting(teacher, form):
+    "The form to decode images in, unless it does not fit the network."
+    mode = _mode(teacher)
+    must(mode, 'mean', teacher.mean, 'one number for each of 1 or 3 channels')
+    if form is None: return Form(round(teacher.size/teacher.crop), mode)
+    must(isinstance(form, Form), 'form', form, 'a Form, as open_student gives it, or None')
+    whole('side', form.side)
+    must(form.mode == mode, 'mode', form.mode, f'{mode}: the mean has {len(mode)} numbers')
+    return form
 
 # %% ../nbs/inference.ipynb #0a5b6c12
-def _mode(teacher): return {1: 'L', 3: 'RGB'}.get(len(teacher.mean))
-
-def _seen(teacher, pixels):
-    "Decoded images as a data set, where the network is."
+def _shown(teacher, form, images):
+    "Decoded images, pairs of Seen and pixels, as a data set where the network is."
+    seen, pixels = zip(*images)
     x = torch.from_numpy(np.stack(pixels))
     y = torch.full((len(x),), UNLABELLED)
-    data = ImageData(x, y, teacher.classes, mean=teacher.mean, std=teacher.std)
+    shapes = [(s.height, s.width) for s in seen] if form.whole else None
+    data = ImageData(x, y, teacher.classes, shapes=shapes, mean=teacher.mean, std=teacher.std)
     return data.to(device_of(teacher.model))
 
 # %% ../nbs/inference.ipynb #0a5b6c13
@@ -107,43 +121,43 @@ class Prediction(NamedTuple):
     probabilities:list  # Of these classes
     error:str=''  # Why the file can't be read
 
-def _likeliest(teacher, pixels, top):
+def _likeliest(teacher, form, images, top):
     "For each image the names and the probabilities of the most probable classes."
-    logits = predict(teacher, _seen(teacher, pixels), len(pixels)).cpu()
+    logits = predict(teacher, _shown(teacher, form, images), len(images)).cpu()
     check_answers(logits, name='the network')
     p, place = logits.double().softmax(1).sort(dim=1, descending=True, stable=True)
     names = [[teacher.classes[c] for c in row] for row in place[:, :top].tolist()]
     return list(zip(names, p[:, :top].tolist()))
 
 # %% ../nbs/inference.ipynb #0a5b6c15
-def _answered(teacher, files, pixels, top):
-    "A `Prediction` for each file of a batch, from its pixels or the exception."
-    bad = [isinstance(p, Exception) for p in pixels]
-    good = [p for p, b in zip(pixels, bad) if not b]
-    found = iter(_likeliest(teacher, good, top) if good else [])
-    for file, p, b in zip(files, pixels, bad):
-        yield Prediction(file, *([], [], damage(file, p)) if b else next(found))
+def _answered(teacher, form, files, images, top):
+    "A `Prediction` for each file of a batch, from what was read or the exception."
+    bad = [isinstance(one, Exception) for one in images]
+    good = [one for one, b in zip(images, bad) if not b]
+    found = iter(_likeliest(teacher, form, good, top) if good else [])
+    for file, one, b in zip(files, images, bad):
+        yield Prediction(file, *([], [], damage(file, one)) if b else next(found))
 
-def _batches(teacher, files, side, top, batch_size):
+def _batches(teacher, files, form, top, batch_size):
     "Lists of predictions, a batch at a time."
-    pixels = read_images(files, side, _mode(teacher))
+    images = read_images(files, form)
     with progress_bar(total=len(files), desc='predicting', unit=' images') as bar:
         for i in range(0, len(files), batch_size):
             some = files[i:i + batch_size]
-            yield list(_answered(teacher, some, list(islice(pixels, len(some))), top))
+            yield list(_answered(teacher, form, some, list(islice(images, len(some))), top))
             bar.update(len(some))
 
 # %% ../nbs/inference.ipynb #0a5b6c16
 def predictions(
     teacher:Teacher,  # The network; it knows its classes, normalisation and size
     images,  # A file or a folder, or a list of them
-    side:int=None,  # At which images were decoded in training; that of its own size if None
+    form:Form=None,  # In which images were decoded in training; their centre, at its size, if None
     top:int=1,  # How many classes to name
     batch_size:int=64,  # Images at a time
 ):  # Generator of Prediction, one for each image
     "The classes of images in files, decoded and normalised as in training."
-    side, files = _check(teacher, side, top, batch_size), image_paths(images)
-    return (p for batch in _batches(teacher, files, side, top, batch_size) for p in batch)
+    form, files = _check(teacher, form, top, batch_size), image_paths(images)
+    return (p for batch in _batches(teacher, files, form, top, batch_size) for p in batch)
 
 # %% ../nbs/inference.ipynb #0a5b6c1d
 def _head(top):
@@ -251,19 +265,19 @@ class _Printed:
 def write_predictions(
     teacher:Teacher,  # The network; it knows its classes, normalisation and size
     images,  # A file or a folder, or a list of them
-    side:int=None,  # At which images were decoded in training; that of its own size if None
+    form:Form=None,  # In which images were decoded in training; their centre, at its size, if None
     top:int=1,  # How many classes to name
     batch_size:int=64,  # Images at a time
     out=None,  # CSV file to write; None: stdout
     resume:bool=False,  # Continue the table that was begun for this file?
 )->tuple:  # How many images could not be read, and how many there are
     "A table of the classes of images in files, written as it is made."
-    side, files = _check(teacher, side, top, batch_size), image_paths(images)
+    form, files = _check(teacher, form, top, batch_size), image_paths(images)
     about = {'network': teacher.fingerprint(), 'images': _named(files),
-             'side': side, 'top': top, 'batch_size': batch_size}
+             'side': form.side, 'whole': form.whole, 'top': top, 'batch_size': batch_size}
     table = _Table(out, about, resume) if out else _Printed(resume)
     rows, bad = table.kept(batch_size, len(files))
-    for batch in _batches(teacher, files[rows:], side, top, batch_size):
+    for batch in _batches(teacher, files[rows:], form, top, batch_size):
         table.add(top, batch)
         bad += sum(p.error != '' for p in batch)
     table.finish()

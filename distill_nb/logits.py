@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .files import must
 from .losses import UNLABELLED, DistillationLoss, kd_loss
-from .data import Batch
-from .training import (Heads, Objective, check_answers, check_classes,
-                                 check_student, heads, logits_of, teacher_of)
+from .data import Batch, check_data
+from .training import (Heads, Objective, check_answers, check_class_weights,
+                                 check_classes, check_student, heads, logits_of, teacher_of)
 
 # %% ../nbs/05_logits.ipynb #aba78c22
 class _Exam(NamedTuple):
@@ -55,18 +55,33 @@ def _pass_marks(
     return _Exam(float(binom.ppf(0.999, K, 1 / K)) / K, 0.85 * entropy, 0.25 * math.log(K))
 
 # %% ../nbs/05_logits.ipynb #0c4af3fb
-def _guesses(
-    answers:Tensor, # Classes that the teacher chose, shape (n,)
+def _fitting(
+    logits:Tensor, # The teacher's, shape (n, C)
     labels:Tensor, # The right classes, shape (n,)
     shuffles:int=1999, # Of the labels
-)->float: # The labels as they are count as one of the shuffles
-    "Share of shuffled labels for which the answers have at least this balanced accuracy."
+)->Tensor: # By accuracy, plain and balanced, and by likelihood; the labels count as a shuffle
+    "Share of shuffled labels that the answers fit at least as well: float64, (3,)."
     counts, g = labels.bincount().double(), torch.Generator().manual_seed(0)
-    weights = 1 / ((counts > 0).sum() * counts)                             # (C,)
-    def balanced(y): return ((answers == y) * weights[y]).sum()
-    shuffled = torch.stack([balanced(labels[torch.randperm(len(labels), generator=g)])
-                            for _ in range(shuffles)])
-    return (1 + (shuffled >= balanced(labels) - 1e-9).sum().item()) / (1 + shuffles)
+    weights, log_p = 1 / ((counts > 0).sum() * counts), logits.float().log_softmax(1)
+    def marks(y):
+        right = (logits.argmax(1) == y).double()
+        likely = log_p.gather(1, y[:, None]).double().mean()
+        return torch.stack([right.mean(), (right * weights[y]).sum(), likely])
+    own, every = marks(labels), (torch.randperm(len(labels), generator=g) for _ in range(shuffles))
+    fits = sum((marks(labels[i]) >= own - 1e-9).double() for i in every)
+    return (1 + fits) / (1 + shuffles)
+
+# %% ../nbs/05_logits.ipynb #c1a55d03
+def _hardly_told(labels):
+    "Are there so few items outside a frequent class that right answers could be luck?"
+    counts = labels.bincount()
+    return bool(len(labels) - counts.max() <= 4 and counts.max() > 2 * counts[counts > 0].min())
+
+def _guesses(logits, labels):
+    "Do shuffled labels fit the answers too often?"
+    fitting = _fitting(logits, labels)
+    if _hardly_told(labels): return bool(fitting.min() > 0.05)
+    return bool(fitting[:2].min() > 0.001)
 
 # %% ../nbs/05_logits.ipynb #218b1bf6
 def by_luck(
@@ -78,9 +93,9 @@ def by_luck(
     reached, needed = _exam_marks(logits, labels), _pass_marks(labels, chance)
     knows = (reached.balanced > needed.balanced + 1e-9 or reached.loss <= needed.loss
              or reached.balanced_loss <= needed.balanced_loss)
-    answers = logits.argmax(1)
-    perfect = bool((answers == labels).all())  # no evidence of few answers, but nothing is better
-    return not knows or not perfect and _guesses(answers, labels) > 0.001
+    if knows and (logits.argmax(1) == labels).all():
+        return False  # no evidence, where answers are few, but nothing is better
+    return not knows or _guesses(logits, labels)
 
 # %% ../nbs/05_logits.ipynb #40a655cf
 def probability_kind(
@@ -172,14 +187,14 @@ def _answers(teacher, asked, kept):
 
 # %% ../nbs/05_logits.ipynb #a6de0b40
 def _sit(teacher, asked, judge):
-    "The primary measure of the teacher's answers; logits and labels of at most `judge` places."
+    "What is measured of the teacher's answers; logits and labels of at most `judge` places."
     kept = []
-    value = asked.measure(_answers(teacher, asked, kept))[asked.measures[0].name]
+    found = asked.measure(_answers(teacher, asked, kept))
     logits, labels = map(torch.cat, zip(*kept))
     must(len(labels), 'data', asked, 'some in which a place has a label, to check the teacher on')
     n = min(judge, len(labels))
     spread = torch.arange(n)*len(labels)//n
-    return value, logits[spread], labels[spread]
+    return found, logits[spread], labels[spread]
 
 def _check_record(reached, measures):
     "Refuse what a teacher reached if it is of no measure of the data, or a share that is none."
@@ -190,27 +205,28 @@ def _check_record(reached, measures):
         if m.share and (then := reached.get(m.name)) is not None:
             must(0 <= then <= 1, f'{m.name} of reached', then, 'from 0 to 1')
 
+# %% ../nbs/05_logits.ipynb #c1a55d04
+def _shown(measure, found):
+    "A measured value in words."
+    how = '.1%' if measure.share else '.4g'
+    return f"{measure.name.replace('_', ' ')} {found[measure.name]:{how}}"
 
 # %% ../nbs/05_logits.ipynb #bb63cec6
-def _shown(asked, value):
-    "The primary measure in words."
-    measure = asked.measures[0]
-    return f"{measure.name.replace('_', ' ')} {value:{'.1%' if measure.share else '.4g'}}"
-
-def _failed(value, asked, logits, labels, order):
+def _failed(shown, asked, logits, labels, order):
     "What the exam found, and what would have been enough."
-    said = (f'the teacher reaches {_shown(asked, value)} on {len(asked):,} validation items, which '
-            'is no better than chance')
+    said = (f'the teacher reaches {shown} on {len(asked):,} validation items, which is no better '
+            'than chance')
     if order: return f'{said}: {order}'
     reached, needed = _exam_marks(logits, labels), _pass_marks(labels, asked.chance)
     line = f'a balanced accuracy above {needed.balanced:.1%}, ' if needed.balanced < 1 else ''
+    few = 'twenty' if _hardly_told(labels) else 'a thousand'
     return (f'{said}: its head was never trained for these classes, it sees its inputs in '
             'another form than in its training, or these are too few items to tell. '
             'Fine-tune it first, or check the normalisation. '
             f'(Found: balanced accuracy {reached.balanced:.1%}, cross-entropy {reached.loss:.4g} '
             f'nats, balanced {reached.balanced_loss:.4g}. Enough is one of these: {line}a '
             f'cross-entropy of at most {needed.loss:.4g}, a balanced one of at most '
-            f'{needed.balanced_loss:.4g}; and at most one in a thousand shuffles of the labels '
+            f'{needed.balanced_loss:.4g}; and at most one in {few} shuffles of the labels '
             'may fit the answers as well.)')
 
 # %% ../nbs/05_logits.ipynb #a6de0b58
@@ -224,40 +240,46 @@ def _order_hint(teacher, asked, logits, labels):
             'items that were not used to find it: say it with '
             f'Teacher(..., classes={str(names):.1000}).')
 
+def _warn_of_order(shown, order):
+    warnings.warn(f'the teacher reaches {shown}, but {order} It is taken as it is, so the student '
+                  'learns these classes in that order.', stacklevel=3)
+
 # %% ../nbs/05_logits.ipynb #a6de0b5c
-def _fell_short(teacher, asked, value, order):
+def _fell_short(teacher, asked, found, order):
     "What to say of a teacher that is worse than what it reached; None where it is not."
-    measure, n, reached = asked.measures[0], len(asked), teacher.reached or {}
-    if not measure.share or (then := reached.get(measure.name)) is None: return None
-    if not fell_below(value, n, then, reached.get('items', n)): return None
+    reached = teacher.reached or {}
+    shares = [m for m in asked.measures if m.share and m.higher and m.name in reached]
+    if not shares: return None
+    measure, n, then = shares[0], asked.sample_size(shares[0]), reached[shares[0].name]
+    if not fell_below(found[measure.name], n, then, reached.get('items', n)): return None
     on = f" on {reached['items']:,} items" if 'items' in reached else ''
     why = order or ('it sees its inputs in another form than in its training (normalisation, size, '
                     'crop), or its classes are in another order. If these items are harder than '
                     'those, Teacher(..., reached=None) takes it.')
-    return (f'the teacher reaches {_shown(asked, value)} on {n:,} validation items, but it reached '
-            f'{then:.1%}{on} before, which luck does not explain: {why}')
+    return (f'the teacher reaches {_shown(measure, found)} on {len(asked):,} validation items, but '
+            f'it reached {then:.1%}{on} before, which luck does not explain: {why}')
 
 # %% ../nbs/05_logits.ipynb #500523d1
 def check_teacher(
     teacher:nn.Module, # Maps inputs to logits (B, ..., C); or a Teacher
     data, # Labelled items that it was not trained on: the validation split
     items:int=1000, # How many of them to ask about, at most; fewer if each has many places
-)->float: # The primary measure of these items
+)->float: # The primary measure of the data, on these items
     "Raise a `ValueError` if a teacher guesses, gives probabilities, or is worse than it was."
-    teacher = teacher_of(teacher)
+    check_data(data)
+    teacher, primary = teacher_of(teacher), data.measures[0]
     check_classes(teacher, data, 'the teacher')
     asked, judge = _some(data, items)
     teacher.check_outputs(next(teacher.own(asked).batches(64)).x)
     _check_record(teacher.reached or {}, asked.measures)
-    value, logits, labels = _sit(teacher, asked, judge)
-    order = _order_hint(teacher, asked, logits, labels)
+    found, logits, labels = _sit(teacher, asked, judge)
+    shown, order = _shown(primary, found), _order_hint(teacher, asked, logits, labels)
     if by_luck(logits, labels, asked.chance):
-        raise ValueError(_failed(value, asked, logits, labels, order))
+        raise ValueError(_failed(shown, asked, logits, labels, order))
     _refuse_probabilities(logits)
-    if fell := _fell_short(teacher, asked, value, order): raise ValueError(fell)
-    if order: warnings.warn(f'the teacher reaches {_shown(asked, value)}, but {order} It is taken '
-                            'as it is, so the student learns these classes in that order.')
-    return value
+    if fell := _fell_short(teacher, asked, found, order): raise ValueError(fell)
+    if order: _warn_of_order(shown, order)
+    return found[primary.name]
 
 # %% ../nbs/05_logits.ipynb #55d21696
 class Distill(Objective):
@@ -315,6 +337,7 @@ def check(self:Distill,
     if _same_weights(self.model, self.teacher.model):
         raise ValueError('the student must be another module than the teacher, whose answers must '
                          'not change, and share no weight with it; use copy.deepcopy(teacher).')
+    check_class_weights(self, data)
     self.teacher.check(data)
     if self.teacher.exact_at is not None and self.loss.alpha > 0: self._check_top()
     if self.loss.scale_free: _warn_of_small_logits(self.model, data)

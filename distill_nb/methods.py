@@ -17,11 +17,13 @@ from torch import nn
 
 from .files import fingerprint, must
 from .losses import dist_loss, dkd_loss
-from .training import Recipe, Setup, Supervised, Teacher, placed, teacher_of
+from .data import check_data
+from .training import (Recipe, Setup, Supervised, Teacher, fit, placed,
+                                 teacher_of)
 from .compare import Contender, choose
 from .logits import Distill
 from .features import feature_method
-from .self_distillation import BeYourOwnTeacher, SelfTeacher, born_again, repeat_labelled
+from .self_distillation import BeYourOwnTeacher, SelfTeacher, repeat_labelled
 from .data_free import DATA_FREE, DataFree, Generator, Noise
 
 # %% ../nbs/methods.ipynb #3c994648
@@ -33,6 +35,7 @@ class Task(NamedTuple):
     transfer: object # All images, of which some may have no label
     recipe: Recipe # The one of all students
     setup: Setup = Setup() # Where a network that is trained before the student is trained and kept
+    class_weights: object = None # A tensor (C,), how much each class counts; None: all alike
 
 class Method(NamedTuple):
     "A way to train a student, and the settings that are tried for it."
@@ -42,44 +45,49 @@ class Method(NamedTuple):
 
 # %% ../nbs/methods.ipynb #eb2a4ecc
 def _alone(task, label_smoothing):
-    return Contender(partial(Supervised, label_smoothing=label_smoothing), task.labelled)
+    kw = dict(label_smoothing=label_smoothing, class_weights=task.class_weights)
+    return Contender(partial(Supervised, **kw), task.labelled)
 
 def _distill(task, temperature, alpha, **kw):
-    make = partial(Distill, teacher=task.teacher, temperature=temperature, alpha=alpha, **kw)
-    return Contender(make, task.transfer)
+    kw |= dict(temperature=temperature, alpha=alpha, class_weights=task.class_weights)
+    return Contender(partial(Distill, teacher=task.teacher, **kw), task.transfer)
 
 def _dkd(task, temperature, alpha, beta):
     return _distill(task, temperature, alpha, divergence=partial(dkd_loss, beta=beta))
 
 def _feature(task, name, weight, temperature=4., alpha=0.9):
-    kw = dict(teacher=task.teacher, temperature=temperature, alpha=alpha, weight=weight)
+    kw = dict(teacher=task.teacher, temperature=temperature, alpha=alpha, weight=weight,
+              class_weights=task.class_weights)
     return Contender(lambda student: feature_method(name, student, **kw), task.transfer)
 
 # %% ../nbs/methods.ipynb #376bd849
 def _byot(task, temperature, alpha):
     data = task.labelled
-    shape = data.channels, data.size, data.size
-    make = partial(BeYourOwnTeacher, temperature=temperature, alpha=alpha, shape=shape)
-    return Contender(make, data)
+    kw = dict(temperature=temperature, alpha=alpha, class_weights=task.class_weights,
+              shape=(data.channels, data.size, data.size))
+    return Contender(partial(BeYourOwnTeacher, **kw), data)
 
 def _self(task, weight, teacher_temperature):
     few = len(task.labelled) < len(task.transfer)
     data = repeat_labelled(task.transfer) if few else task.transfer
-    kw = dict(weight=weight, teacher_temperature=teacher_temperature)
+    kw = dict(weight=weight, teacher_temperature=teacher_temperature,
+              class_weights=task.class_weights)
     return Contender(partial(SelfTeacher, data=data, **kw), data)
 
 # %% ../nbs/methods.ipynb #5aed94d3
 def _born_again(task, temperature, alpha):
+    weights = task.class_weights
     def earlier():
         with torch.random.fork_rng([]):
             model, seed = task.make_student(), int(torch.randint(2**31, ()))
         name = f'earlier-{fingerprint(model.state_dict())}-{seed}'
         setup = replace(task.setup, progress=False, resume=True).inside(name)
-        recipe = replace(task.recipe, seed=seed)
-        made = born_again(lambda: model, task.labelled, recipe, generations=1, setup=setup)
-        return made.models[0]
+        fit(Supervised(model, class_weights=weights), task.labelled,
+            replace(task.recipe, seed=seed, keep='last', patience=None),
+            setup=setup.inside('generation-0'))
+        return model
     def make(student, teacher):
-        return Distill(student, teacher, temperature, alpha, examine=False)
+        return Distill(student, teacher, temperature, alpha, examine=False, class_weights=weights)
     return Contender(make, task.transfer, before=earlier)
 
 # %% ../nbs/methods.ipynb #b4c06bdb
@@ -96,6 +104,8 @@ def _check_form(teacher, data):
 # %% ../nbs/methods.ipynb #9c408c75
 def _data_free(task, balance):
     data, noise = task.labelled, 64
+    must(task.class_weights is None, 'class_weights', task.class_weights,
+         'left out for data_free, which learns from no labels')
     def make(student):
         _check_form(task.teacher, data)
         generator = Generator(data.size, data.channels, noise, mean=data.mean, std=data.std)
@@ -166,6 +176,7 @@ def contender(
 )->Contender:
     "A method with its setting, for a comparison."
     _check_setting(name, setting)
+    for part in ('labelled', 'transfer'): check_data(getattr(task, part), part)
     return METHODS[name].make(task, **setting)
 
 # %% ../nbs/methods.ipynb #0f56666f
@@ -217,6 +228,7 @@ def choose_setting(
     "Try each setting once on the validation split; the first of the best wins."
     settings = _settings_of(name) if settings is None else list(settings)
     _check_settings(settings)
+    check_data(valid, 'valid')
     labels = {' '.join(f'{k}={v}' for k, v in s.items()): s for s in settings}
     made = {label: contender(name, task, **s) for label, s in labels.items()}
     for s in settings: rehearse(name, task, **s)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['about_data', 'head_of', 'as_json', 'as_png', 'Result', 'stored_result', 'result_columns', 'result_table',
-           'show_setting', 'verdicts', 'free_text', 'draw_curves', 'draw_comparison', 'draw_learning', 'draw_images',
-           'make_report']
+           'show_setting', 'verdicts', 'class_table', 'free_text', 'draw_curves', 'draw_comparison', 'draw_learning',
+           'draw_images', 'make_report']
 
 # %% ../nbs/report.ipynb #66921917
-import base64, html, io, json, re
+import base64, html, io, json, re, warnings
 from datetime import datetime, timezone
 from importlib.resources import files
 
@@ -47,7 +47,9 @@ def as_json(value)->bytes:
 
 def as_png(fig)->bytes:
     "A matplotlib figure as the bytes of a PNG file."
-    fig.savefig(out := io.BytesIO(), format='png', dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # a box is drawn in its place
+        fig.savefig(out := io.BytesIO(), format='png', dpi=110)
     return out.getvalue()
 
 # %% ../nbs/report.ipynb #a2069567
@@ -110,8 +112,16 @@ def _gain(row, measure):
     if 'difference' not in row: return ''
     return _with_ends(row['difference'], row['difference_ci95'], measure, '+')
 
+def _steps(row):
+    return f"{row['steps']:,.0f} of {row['planned']:,.0f}" if 'planned' in row else ''
+
 def _percent(share): return '' if share is None else f'{100 * share:.1f}'
 def _size(n): return f'{n / 1e6:.1f} MB' if n >= 1e5 else f'{n / 1e3:.1f} kB'
+
+# %% ../nbs/report.ipynb #c1a55a07
+def _plain(measure):
+    if measure.name != 'balanced_accuracy': return {}
+    return {'accuracy %': lambda r: _percent(r['accuracy'])}
 
 # %% ../nbs/report.ipynb #b85278c2
 def result_columns(
@@ -127,7 +137,9 @@ def result_columns(
         'size': lambda r: _size(r['bytes']),
         'latency ms': lambda r: f"{r['latency_ms']:.2f}",
         f'{name}{unit} [95 %]': lambda r: _with_ends(r[measure.name], r['ci95'], measure),
+        **_plain(measure),
         f"{'gain' if measure.higher else 'difference'} [95 %]": lambda r: _gain(r, measure),
+        'steps': _steps,
         'agreement %': lambda r: _percent(r['agreement']),
         'ECE %': lambda r: _percent(r.get('ece'))}
 
@@ -157,13 +169,16 @@ def _how(row, others):
 # %% ../nbs/report.ipynb #6bab54b0
 def _said_of(ci, measure):
     if ci is None: return 'one seed only, so nothing can be said about chance'
-    where = 'the 95 % interval of the paired difference'
+    what = ' in balanced accuracy' * (measure.name == 'balanced_accuracy')
+    where = f'the 95 % interval of the paired difference{what}'
     if ci[0] <= 0 <= ci[1]: return f'no effect was shown: {where} contains zero'
     what = 'helped' if measure.key(ci[0]) > 0 else 'hurt'
     side, less = 'above' if ci[0] > 0 else 'below', '' if measure.higher else ', and less is better'
     return f'distillation {what}: {where} lies {side} zero{less}'
 
 # %% ../nbs/report.ipynb #fc2c4bd5
+_LABELS = {'unlabelled': 'unlabelled images'}  # a setting in words, where its name has too few
+
 def verdicts(
     rows:list, # Of a result
     measure:Measure, # Of the same result
@@ -172,10 +187,26 @@ def verdicts(
     out = []
     for r in (r for r in rows if 'difference' in r):
         others = [o for o in rows if o['setting'] == r['setting'] and 'difference' in o]
-        where = r['setting'].replace('_', ' ') + _how(r, others)
+        where = _LABELS.get(r['setting'], r['setting'].replace('_', ' ')) + _how(r, others)
         said = _said_of(r['difference_ci95'], measure)
         out.append(f"With {where} ({show_setting(r['chosen'])}), {said}.")
     return out
+
+# %% ../nbs/report.ipynb #c1a55a03
+def class_table(
+    result:dict, # Of a run
+    setting:str, # One of its settings
+)->Table:
+    "What share of each class the teacher and the students recognise, in percent."
+    rows = [r for r in result['rows'] if r['setting'] == setting and 'class_accuracy' in r]
+    def share(row): return lambda c: _percent(row['class_accuracy'][c['label']])
+    def number(of): return lambda c: f'{of(c):,}'
+    def own(c): return c.get('labelled', {}).get(setting, c['train'])
+    few = any(own(c) != c['train'] for c in result['classes'])
+    columns = {'class': lambda c: c['name'], 'training images': number(lambda c: c['train']),
+               **({'with a label': number(own)} if few else {}),
+               'test images': number(lambda c: c['test']), **{r['model']: share(r) for r in rows}}
+    return table(result['classes'], columns=columns)
 
 # %% ../nbs/report.ipynb #a487e29c
 def free_text(
@@ -273,45 +304,83 @@ small{color:#777}
 _PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>Distillation: {name}</title>
 <style>{style}</style><h1>Distillation: {name}</h1><p>{data}.</p><ul>{said}</ul>{table}
-<p><small>{about} {few}{choice} MACs, size and latency for one item. ECE: expected calibration
+<p><small>{about} {few} {choice} MACs, size and latency for one item. ECE: expected calibration
 error.</small></p>
-{images}<h2>How to repeat it</h2><pre>{command}</pre>
+{classes}
+{images}{folder}<h2>How to repeat it</h2><pre>{command}</pre>
 <p><small>{hardware}; {software}; {date}; {seconds}.</small></p>
 <details><summary>The recipe</summary><pre>{recipe}</pre></details></html>
 '''
 
 # %% ../nbs/report.ipynb #c151856b
+_BALANCED = ('Balanced accuracy is the mean of the shares of each class that were recognised, so '
+             'that a rare class counts as much as a frequent one. ')
+
 def _about(result, measure):
     "What the numbers of the table are."
     name, gain = measure.name.replace('_', ' '), 'Gain' if measure.higher else 'Difference'
     over = {r['interval_over'] for r in result['rows'] if r['ci95']} - {'seeds'}
     single = ''.join(f" (for a single model: Wilson's over the {items})" for items in over)
-    return (f"{name.capitalize()} on the test split, read once, with its 95 % interval in "
+    steps = 'planned steps' if any('planned' in r for r in result['rows']) else 'steps'
+    return (f"{_BALANCED * (measure.name == 'balanced_accuracy')}"
+            f"{name.capitalize()} on the test split, read once, with its 95 % interval in "
             f"brackets: Student's over {result['seeds']} seeds{single}. {gain}: {name} of the "
             'distilled student minus that of the same student trained alone, paired by seed, same '
-            f"initial weights, steps and schedule{', in percentage points' * measure.share}.")
+            f"initial weights, {steps} and schedule{', in percentage points' * measure.share}.")
 
 # %% ../nbs/report.ipynb #921a0213
-def _html_table(rows, measure):
-    shown = result_table(rows, measure)
+def _as_html(shown, kinds=None):
+    "A table; of a row, its kind is its class on the page."
     cells = lambda tag, row: ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in row)
-    kinds = ['distilled' if 'difference' in r else r['model'] for r in rows]
     body = '\n'.join(f"<tr class='{kind}'>{cells('td', row)}</tr>"
-                     for kind, row in zip(kinds, shown.rows))
+                     for kind, row in zip(kinds or [''] * len(shown.rows), shown.rows))
     head = f"<thead><tr>{cells('th', shown.head)}</tr></thead>"
     return f'<table>{head}<tbody>{body}</tbody></table>'
+
+def _html_table(rows, measure):
+    kinds = ['distilled' if 'difference' in r else r['model'] for r in rows]
+    return _as_html(result_table(rows, measure), kinds)
 
 def _html_images(pictures):
     line = "<h2>{0}</h2><img alt='{0}' src='data:image/png;base64,{1}'>"
     return '\n'.join(line.format(html.escape(caption), base64.b64encode(png).decode())
                      for caption, png in pictures.items())
 
+# %% ../nbs/report.ipynb #c1a55a06
+def _html_classes(result):
+    "A folded table of the classes for each setting, unless they are many and about alike."
+    unequal, classes = result['measure'].name == 'balanced_accuracy', result.get('classes', ())
+    if not classes or not unequal and len(classes) > 20: return ''
+    title = 'Accuracy of each class on the test split, in percent: '
+    return '\n'.join(f"<details><summary>{title}{setting.replace('_', ' ')}</summary>"
+                     f'{_as_html(class_table(result, setting))}</details>'
+                     for setting in dict.fromkeys(r['setting'] for r in result['rows']))
+
+# %% ../nbs/report.ipynb #c1a55a21
+_TAUGHT, _THOSE = 'sees all images and the teacher answers for the rest', 'sees those, too'
+_SEES = {'alone': _THOSE, 'byot': _THOSE, 'data_free': 'sees no image',
+         'born_again': 'sees all images and an earlier student answers for the rest',
+         'self': 'sees all images and its own average answers for the rest'}
+
+def _who_sees(rows):
+    "Which images the distilled students see where few have a label."
+    found = {}
+    for m in dict.fromkeys(r['method'] for r in rows if 'method' in r):
+        found.setdefault(_SEES.get(m, _TAUGHT), []).append(m)
+    if set(found) <= {_TAUGHT}: return f', the distilled one {_TAUGHT}'
+    return ''.join(f"; with {' or '.join(names)} it {what}" for what, names in found.items())
+
 # %% ../nbs/report.ipynb #7df98c67
+_WHO = {'few_labels': 'With few labels, {} training images have a label',
+        'unlabelled': 'With the unlabelled images, {} training images have a label'}
+
 def _notes(result):
-    "Sentences on the few labels, and on what was chosen."
-    n = result['labelled_images'].get('few_labels')
-    few = (f'With few labels, {n} training images have a label; the student alone sees those, the '
-           'distilled one sees all images and the teacher answers for the rest. ') if n else ''
+    "Sentences on images without labels, and on what was chosen."
+    counts, taught = result['labelled_images'], result['rows'][0].get('seconds')
+    few = ' '.join(f"{text.format(counts[k])}; the student alone sees those"
+                   f"{_who_sees(result['rows'])}."
+                   for k, text in _WHO.items() if counts.get(k))
+    if counts.get('unlabelled') and taught: few += ' The teacher has learned from those alone, too.'
     tried = sorted({t['method'] for tries in result['tries'].values() for t in tries})
     choice = (f"Settings of {', '.join(tried)} were chosen on the validation split."
               if tried else 'Settings were given.')
@@ -322,6 +391,7 @@ def make_report(
     result:dict, # Of a run
     pictures:dict, # {caption: PNG bytes}
     recipe:dict, # As in recipe.json
+    folder:str='', # What was understood of a folder of images, HTML
 )->str: # HTML
     "One self-contained HTML page: what was done, the table, the pictures, how to repeat it."
     names = 'name', 'data', 'command', 'hardware', 'software', 'date'
@@ -332,5 +402,6 @@ def make_report(
     seconds = f"{result['seconds']:.0f} s" + ' since it was resumed' * result['resumed']
     said = ''.join(f'<li>{html.escape(v)}</li>' for v in verdicts(rows, measure))
     return _PAGE.format(style=_STYLE, table=_html_table(rows, measure), said=said, few=few,
-                        choice=choice, images=_html_images(pictures), seconds=seconds, about=about,
-                        recipe=html.escape(json.dumps(recipe, indent=1)), **plain)
+                        classes=_html_classes(result), images=_html_images(pictures), about=about,
+                        choice=choice, seconds=seconds, folder=folder, **plain,
+                        recipe=html.escape(json.dumps(recipe, indent=1)))

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .files import must
+from .files import fingerprint, must
 from .losses import (DistillationLoss, check_logits, check_temperature, check_weight,
                                hard_loss, log_soften, rows_there, upcast)
-from .data import Batch, ImageData, mix
+from .data import Batch, ImageData, check_data, mix
 from .models import count_macs, evaluating
 from .training import (Objective, Supervised, device_of, evaluate, fit, fit_device,
                                  heads, logits_in, placed, setup_of)
@@ -315,13 +315,15 @@ class BeYourOwnTeacher(Objective):
         feature_weight:float=1e-3, # λ >= 0, weight of the distance to the deepest features
         layers=None, # As in EarlyExits; not with one
         shape:tuple=None, # As in EarlyExits; not with one
+        class_weights:Tensor=None, # How much each class counts, shape (C,); None: all alike
     ):
         ready = isinstance(student, EarlyExits)
         if ready and not (layers is None and shape is None):
             raise ValueError('layers and shape must be left out for an EarlyExits, which has its '
                              f'exits already, but are {layers!r} and {shape!r}.')
         super().__init__(student if ready else EarlyExits(student, layers, shape))
-        self.loss, self.feature_weight = DistillationLoss(temperature, alpha), feature_weight
+        self.loss = DistillationLoss(temperature, alpha, class_weights=class_weights)
+        self.feature_weight = feature_weight
         check_weight('feature_weight', feature_weight)
 
 # %% ../nbs/08_self.ipynb #10f08b78
@@ -332,7 +334,8 @@ def forward(self:BeYourOwnTeacher, batch:Batch)->dict:
     y, weight = batch.y, batch.weight
     parts = [self.loss.parts(z, answer.detach(), y, weight) for z in logits]
     far = [feature_distance(f, deepest.detach(), weight) for f in features]
-    return {'hard': hard_loss(answer, y, weight=weight) + sum(p['hard'] for p in parts),
+    hard = hard_loss(answer, y, class_weights=self.loss.class_weights, weight=weight)
+    return {'hard': hard + sum(p['hard'] for p in parts),
             'soft': sum(p['soft'] for p in parts), 'feature': self.feature_weight * sum(far)}
 
 # %% ../nbs/08_self.ipynb #7780969b
@@ -342,6 +345,7 @@ def exit_logits(
     batch_size:int=512, # Images at a time
 )->list: # Logits in float32 for each exit, shape (N, C), the deepest last
     "The answers of all exits for every image of `data`, without augmentation."
+    check_data(data)
     where = device_of(exits)
     with evaluating(exits): pieces = [exits.exits(b.x.to(where)) for b in data.batches(batch_size)]
     return [torch.cat(p).float().to(data.device) for p in zip(*pieces)]
@@ -351,6 +355,7 @@ def measure_exits(
     data, # Labelled images
 )->list: # As exit_costs, with 'accuracy'
     "Accuracy and cost of each exit."
+    check_data(data)
     shape = tuple(data.get(torch.zeros(1, dtype=torch.long)).x.shape[1:])
     accuracy = [(z.argmax(1) == data.y).double().mean().item() for z in exit_logits(exits, data)]
     return [c | {'accuracy': a} for c, a in zip(exit_costs(exits, shape), accuracy)]
@@ -428,6 +433,7 @@ def repeat_labelled(
     share:float=0.5, # Of the result that is to have labels, about; in (0, 1)
 ): # A data set: the same items, the labelled ones several times
     "The same items with the labelled ones repeated, so that a batch holds enough labels."
+    check_data(data)
     must(0 < share < 1, 'share', share, 'between 0 and 1')
     has, none = (where.nonzero()[:, 0] for where in (data.labelled, ~data.labelled))
     if not len(has):
@@ -508,11 +514,13 @@ class SelfTeacher(Objective):
         student_temperature:float=1., # τ_s > 0
         teacher_temperature:float=0.5, # τ_t > 0; lower than the student's
         centre_momentum:float=0.9, # Of the centre, in [0, 1]; 1 leaves it at 0: no centring
+        class_weights:Tensor=None, # How much each class counts, shape (C,); None: all alike
     ):
         super().__init__(student)
         self.data, self.weight, self.centre_momentum = data, weight, centre_momentum
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
+        self.register_buffer('class_weights', class_weights, persistent=False)
         self._check_settings()
         self.teacher = MovingAverage(student, momentum)
         self.register_buffer('centre', torch.zeros(len(data.classes)))
@@ -559,7 +567,7 @@ def forward(self:SelfTeacher, batch:Batch)->dict:
     taus = self.student_temperature, self.teacher_temperature
     def parts(z):
         across = view_loss(z, v, self.centre, *taus, weight) * _share(weight, batch)
-        hard = hard_loss(z, batch.y, weight=batch.weight)
+        hard = hard_loss(z, batch.y, class_weights=self.class_weights, weight=batch.weight)
         return {'hard': hard, 'self': self.weight * across}
     losses = own.losses(parts)
     if self.training: self._move_centre(v if weight is None else v[weight > 0])
@@ -592,13 +600,21 @@ def check(self:SelfTeacher,
         raise ValueError('data must be the data set that was given to SelfTeacher, which makes the '
                          'second views, but is another one.')
 
+@patch
+def extra_repr(self:SelfTeacher):
+    "What tells two apart that learn from the labels otherwise; all else is in other parts of it."
+    w = self.class_weights
+    return '' if w is None else f"class_weights={fingerprint({'class_weights': w})}"
+
 # %% ../nbs/08_self.ipynb #27625605
 @patch
 def _check_settings(self:SelfTeacher):
     "Refuse settings that can't work."
+    check_data(self.data)
     check_temperature(self.student_temperature, 'student_temperature')
     check_temperature(self.teacher_temperature, 'teacher_temperature')
     check_weight('weight', self.weight)
+    DistillationLoss(class_weights=self.class_weights)  # it refuses what are none
     must(0 <= self.centre_momentum <= 1, 'centre_momentum', self.centre_momentum, 'from 0 to 1')
     if self.data.n_views < 2:
         raise ValueError('data must have at least 2 views of each item for a SelfTeacher, but '

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import must
+from .data import check_data, check_splits
 from .weights import read_checkpoint
 from .models import head_name, transfer_weights
 from .training import Teacher, check_answers, predict
@@ -91,6 +92,7 @@ def try_normalisations(
     items:int=1000, # How many of them to ask about, at most
 )->list: # A Tried for each plausible normalisation
     "Measure a network under each normalisation that it may have been trained with."
+    check_data(data)
     labelled = data.labelled.nonzero()[:, 0]
     must(len(labelled) > 1, 'data', data, 'some with labels, to find the normalisation by')
     some = torch.linspace(0, len(labelled) - 1, min(items, len(labelled))).long()
@@ -214,8 +216,7 @@ def make_teacher(
     fine_tune:bool=False, # May one that does not know these classes be trained on the labels?
 )->tuple: # The Teacher, and whether it knows these classes already
     "A network from anywhere as the teacher of these images."
-    must((mean is None) == (std is None), 'mean and std', (mean, std),
-         'given together or not at all')
+    _check_asked(data, mean, std)
     found = _opened(name, weights, data.train, fine_tune)
     given = {} if mean is None else {'mean': list(mean), 'std': list(std)}
     teacher, trained = _changed(found.teacher, **given), found.trained
@@ -227,6 +228,11 @@ def make_teacher(
     return _settled(teacher, data) if teacher.mean is None else teacher, True
 
 # %% ../nbs/teachers.ipynb #b3a37f47
+def _check_asked(data, mean, std):
+    check_splits(data)
+    must((mean is None) == (std is None), 'mean and std', (mean, std),
+         'given together or not at all')
+
 def _numbers(values): return ', '.join(f'{v:.3g}' for v in values)
 
 def _say_found(name, weights, found, given, trained):

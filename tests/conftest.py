@@ -1,4 +1,5 @@
 """What several test files share."""
+import os
 import pytest
 import torch
 from torch import nn
@@ -29,3 +30,9 @@ def interrupt():
         objective.forward = counted
         return calls
     return at
+
+
+@pytest.fixture(scope='session', autouse=True)
+def place_of_scans(tmp_path_factory):
+    "Scans of images are kept among the files of the tests, and not in the cache of whoever runs them."
+    os.environ['DISTILL_NB_CACHE'] = str(tmp_path_factory.mktemp('cache'))

@@ -1,8 +1,10 @@
 """Data sets and networks that train in a moment, for several test files."""
 import hashlib, math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from distill_nb.data import Batch, CropFlip, Data, ImageData, Measure
@@ -67,3 +69,18 @@ def trained():
     model = net()
     fit(Supervised(model), images(), Recipe(steps=150, batch_size=32, lr=0.1, precision='float32'))
     return model
+
+
+def write_image(path, w=12, h=12, mode='RGB', seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    g = np.random.default_rng(seed)
+    Image.fromarray(g.integers(0, 256, (h, w) if mode == 'L' else (h, w, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def write_folder(root, parts=('train', 'test'), classes=('cat', 'dog'), n=10, **kwargs):
+    "A folder of PNG files, so that pixels can be compared exactly."
+    for p, part in enumerate(parts):
+        for c, name in enumerate(classes):
+            for k in range(n): write_image(root/part/name/f'{k:02}.png', seed=100*c + k + 10_000*p, **kwargs)
+    return root

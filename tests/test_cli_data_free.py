@@ -11,7 +11,7 @@ from torch import nn
 
 from distill_nb import data_free, run
 from distill_nb.files import read_weights, save_weights
-from distill_nb.data import ImageData, digits
+from distill_nb.data import Measure, digits
 from distill_nb.training import Recipe, Supervised, evaluate, fit
 from distill_nb.compare import share_interval
 from distill_nb.zoo import build_model, load_weights
@@ -54,7 +54,7 @@ def blind(teacher, tmp_path_factory):
 
 
 def test_a_run_reads_no_data_and_leaves_what_it_promises(blind):
-    files = {'recipe.json', 'result.json', 'student.safetensors', 'images.png', 'curves.png', 'work'}
+    files = {'recipe.json', 'result.json', 'student.safetensors', 'images.png', 'curves.png', 'work', 'progress.json'}
     assert {p.name for p in blind.iterdir()} == files
     result = json.loads((blind/'result.json').read_text())
     assert set(head_of('', '', '', torch.device('cpu'), 1)) | {'measure', 'seconds', 'resumed', 'rows'} == set(result)
@@ -76,7 +76,7 @@ def test_data_measure_the_student_and_teach_it_nothing(blind, teacher, tmp_path,
     assert row['accuracy'] == evaluate(student, digits().test).accuracy
     assert f"{100 * row['accuracy']:.2f} % on the test split" in said
     assert [p['step'] for p in row['curve']] == list(range(1, 31)) and 'gain' not in said
-    measures = ('seconds', 'accuracy', 'loss', 'ece', 'agreement', 'agreement_generated')
+    measures = ('seconds', 'accuracy', 'balanced_accuracy', 'loss', 'ece', 'agreement', 'agreement_generated')
     assert row['runs'] == [{'seed': 0} | {k: row[k] for k in measures}]
     assert row['ci95'] == share_interval(round(359 * row['accuracy']), 359)
     assert f"[{100 * row['ci95'][0]:.2f}, {100 * row['ci95'][1]:.2f}]" in said
@@ -148,7 +148,7 @@ def test_a_table_has_no_empty_column():
     row = {'setting': 'data_free', 'model': 'student', 'parameters': 1, 'macs': 1, 'bytes': 1, 'latency_ms': 1.,
            'accuracy': 0.5, 'ci95': [0.4, 0.6], 'agreement': 0.5, 'ece': 0.1}
     compared = row | {'difference': 0.1, 'difference_ci95': None}
-    def head(*rows): return result_table(rows, ImageData.measures[0]).head
+    def head(*rows): return result_table(rows, Measure('accuracy', share=True)).head
     assert 'gain [95 %]' not in head(row) and 'gain [95 %]' in head(row, compared)
 
 
@@ -227,6 +227,15 @@ def test_a_terminal_that_lacks_a_letter_gets_the_table_all_the_same(teacher, tmp
     p = subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True,
                        env=os.environ | {'PYTHONIOENCODING': 'ascii'})
     assert p.returncode == 0 and 'f?r' in p.stdout and 'accuracy %' in p.stdout, p.stderr
+
+
+@pytest.mark.parametrize('data, expected', [('digits', ('8', '16')), (None, ('16', '16'))])
+def test_the_students_file_says_how_images_are_stored(data, expected, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, 'check_teacher', lambda *_: None)  # it has learned from smaller ones
+    distill_nb_data_free('digit_teacher', 'digit_student', teacher, channels=1, size=16, steps=2,
+                         data=data, out=tmp_path/'run')
+    about = read_weights(tmp_path/'run'/'student.safetensors')[1]
+    assert (about['side'], about['size']) == expected and 'whole' not in about
 
 
 def test_paths_and_numbers_from_python(teacher, tmp_path):

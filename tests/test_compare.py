@@ -9,12 +9,13 @@ from scipy import stats
 from torch import nn
 
 from distill_nb.files import fingerprint
-from distill_nb.data import ImageData, Measure
-from distill_nb.training import DivergedError, Recipe, Supervised, evaluate
+from distill_nb.data import ImageData, Measure, digits
+from distill_nb.models import digit_student
+from distill_nb.training import Checkpoint, DivergedError, Recipe, Supervised, evaluate
 from distill_nb.compare import (Comparison, Contender, agreement, choose, compare, interval, paired, share_interval,
                                 table)
 from distill_nb.logits import Distill
-from distill_nb.report import stored_result
+from distill_nb.report import make_report, result_table, stored_result
 
 from small import RECIPE, Texts, bigram, images, net, trained
 
@@ -231,7 +232,7 @@ def test_texts_are_compared_by_their_own_measure():
     made = {rate: Contender(Supervised, Texts(), replace(RECIPE, lr=rate)) for rate in (1e-6, 0.3, 0.1)}
     found = compare(bigram, made, RECIPE, valid, test, teacher, seeds=2)
     names = {'valid_bits_per_letter', 'bits_per_letter', 'accuracy', 'agreement'}
-    assert all(set(r) == {'model', 'seed', 'seconds'} | names for r in found.runs)
+    assert all(set(r) == {'model', 'seed', 'steps', 'planned', 'seconds'} | names for r in found.runs)
     assert found.primary == valid.measures[0] and found.measure == 'bits_per_letter'
     for name, (value, student) in found.students.items():
         assert value == min(found.values(name, 'valid_bits_per_letter')) == evaluate(student, valid).bits_per_letter
@@ -292,6 +293,53 @@ def test_a_contender_with_its_own_recipe_does_not_lengthen_the_others():
     found = compare(net, {'a': Contender(Supervised, images()), 'own': own}, replace(RECIPE, steps=None, epochs=1),
                     images(seed=1), seeds=1)
     assert [len(h.losses['hard']) for h in found.histories.values()] == [8, 2]  # ceil(120 / 16), and its own
+
+
+def test_one_rule_says_which_weights_are_kept_and_when_a_run_stops(tmp_path):
+    "Also for a contender with a recipe of its own; the steps taken are in the runs, and in the rows if they are fewer."
+    train, valid, _ = digits()
+    train = train.subset(torch.arange(64))
+    rule = Recipe(steps=48, batch_size=16, lr=0.5, schedule='constant', precision='float32', keep='best', patience=1)
+    own = replace(rule, steps=40, keep='last', patience=None)
+    made = {'alone': Contender(Supervised, train), 'own': Contender(Supervised, train, own)}
+    found = compare(digit_student, made, rule, valid, seeds=2, folder=tmp_path)
+    kept = [Checkpoint(tmp_path/f'{name}-0').read()[1]['recipe'] for name in made]
+    assert [(r['keep'], r['patience'], r['steps']) for r in kept] == [('best', 1, 48), ('best', 1, 40)]
+    for name, h in found.histories.items(): assert found.values(name, 'steps')[0] == h.steps == h.last['step']
+    assert found.values('alone', 'planned') == [48, 48] and found.values('own', 'planned') == [40, 40]
+    assert found.stopped_early and found.values('alone', 'steps')[0] < 40 and found.values('own', 'steps')[0] < 40
+    for row in found.rows(): assert row['steps'] == sum(found.values(row['model'], 'steps')) / 2
+    assert found.values('alone', 'valid_accuracy')[0] == found.histories['alone'].best['accuracy']
+    assert 'steps' not in found.rows('valid_accuracy')[0]
+    whole = compare(digit_student, made, replace(rule, keep='last', patience=None), valid, seeds=1)
+    assert not whole.stopped_early and not {'steps', 'planned'} & set(whole.rows()[0])
+
+
+def test_all_are_measured_equally_often_however_many_images_they_learn_from():
+    "Or else the same patience would be shorter, and the best of more measurements luckier, where images are few."
+    train, valid = images(160), images(seed=1)
+    rule, own = replace(RECIPE, steps=None, epochs=4), replace(RECIPE, steps=20)
+    made = {'few': Contender(Supervised, train.subset(torch.arange(16))), 'all': Contender(Supervised, train),
+            'own': Contender(Supervised, train.subset(torch.arange(16)), own)}
+    def found(rule): return compare(net, made, rule, valid, seeds=1)
+    rows = {name: [r['step'] for r in h.rows] for name, h in found(rule).histories.items()}
+    assert rows == {'few': [10, 20, 30, 40], 'all': [10, 20, 30, 40], 'own': [5, 10, 15, 20]}
+    same, fixed = found(replace(rule, rows=2)), found(replace(rule, steps=40))
+    assert [len(h.rows) for h in same.histories.values()] == [2, 2, 2]
+    assert fixed.values('few', 'valid_accuracy') == same.values('few', 'valid_accuracy')  # nothing else has changed
+
+
+def test_the_table_of_a_result_shows_steps_where_runs_stopped_early():
+    row = dict(setting='few_labels', model='alone', parameters=1, macs=1, bytes=1, latency_ms=1., accuracy=0.5,
+               ci95=None, agreement=None)
+    def head(*rows): return result_table(rows, Measure('accuracy', share=True)).head
+    assert 'steps' not in head(row, row | {'steps': 10})
+    shown = result_table([row, row | {'steps': 1234.5, 'planned': 2000.0}], Measure('accuracy', share=True))
+    assert [r[shown.head.index('steps')] for r in shown.rows] == ['', '1,234 of 2,000']
+    result = stored_result('digits') | {'resumed': False}
+    early = [r | {'steps': 9.0, 'planned': 10.0} for r in result['rows']]
+    assert 'initial weights, steps and schedule' in make_report(result, {}, {})
+    assert 'initial weights, planned steps and schedule' in make_report(result | {'rows': early}, {}, {})
 
 
 def test_a_table_refuses_digits_and_keeps_its_columns_apart():

@@ -1,5 +1,5 @@
 """Data: views, resizing, normalisation, splits, fingerprints, errors."""
-import copy, math, os, subprocess, sys
+import copy, hashlib, math, os, subprocess, sys
 import numpy as np
 import pytest
 import torch
@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from torchvision import transforms
 from distill_nb.losses import UNLABELLED
 from distill_nb.data import (Batch, CropFlip, Data, ImageData, Measure, Measured, ResizedCrop, Sight, _resize_weights,
-                             calibration_error, channel_stats, count_values, digits, epoch_order, few_labels, mix,
-                             resize, stratified)
+                             _root, calibration_error, channel_stats, count_values, digits, epoch_order, few_labels,
+                             mix, resize, stratified)
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -204,6 +204,95 @@ def test_resized_crop_view_0_only_resizes():
     assert not ResizedCrop(13, flip=False).boxes(torch.arange(100), 20)[4].any()
 
 
+def test_views_of_square_images_are_those_of_the_first_release():
+    "Kept answers and published weights belong to these numbers."
+    content, view = hashlib.sha256(), torch.arange(0, 5000, 3)
+    for side in (7, 32, 100, 336):
+        for c in (ResizedCrop(16), ResizedCrop(16, scale=(0.3, 0.9), ratio=(1, 2), flip=False)):
+            for b in c.boxes(view, side): content.update(b.long().numpy().tobytes())
+    x = images(20, side=40)
+    content.update(ResizedCrop(24)(x, torch.arange(20)).numpy().tobytes())
+    d = ImageData(x, torch.arange(20) % 2, ['a', 'b'], augment=ResizedCrop(24))
+    content.update((d.fingerprint() + d.fingerprint(labels=False)).encode())
+    assert content.hexdigest()[:16] == 'e28701b0a2f0cccf'
+
+
+@pytest.mark.parametrize('high, wide, ratio', [(64, 64, (3/4, 4/3)), (427, 640, (3/4, 4/3)), (640, 427, (3/4, 4/3)),
+                                              (300, 900, (3/4, 4/3)), (2000, 500, (3/4, 4/3)), (427, 640, (1, 2))])
+def test_pieces_of_a_photograph_are_drawn_like_torchvisions_from_its_true_shape(high, wide, ratio):
+    n, side = 6000, 1000
+    shapes = torch.tensor([[high, wide]]*n)
+    top, left, h, w, mirrored = ResizedCrop(32, ratio=ratio).boxes(torch.arange(1, n + 1), side, shapes)
+    assert (torch.stack((top, left)) >= 0).all() and (top + h).max() <= side and (left + w).max() <= side
+    h, w = h*high/side, w*wide/side  # back in the photograph
+    torch.manual_seed(0)
+    large = torch.zeros(1, 1, 1).expand(1, high*100, wide*100)  # so that theirs are not rounded much
+    theirs = [transforms.RandomResizedCrop.get_params(large, (0.08, 1), ratio) for _ in range(n)]
+    _, _, theirs_h, theirs_w = torch.tensor(theirs).double().T/100
+    for ours, other, whole in ((h, theirs_h, high), (w, theirs_w, wide), (h*w, theirs_h*theirs_w, high*wide)):
+        far = ours.double().mean() - other.mean(), ours.double().std() - other.std()
+        assert max(map(abs, far)) < 0.012*whole
+    assert abs(mirrored.double().mean() - 0.5) < 0.03
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(1, 2**27), st.integers(1, 2**27)), min_size=1, max_size=20), st.integers(1, 1100),
+       st.integers(0, 2**31 - 50), st.sampled_from([(3/4, 4/3), (1, 1), (0.01, 0.02), (5, 100)]))
+def test_boxes_lie_within_pictures_of_any_shape(shapes, side, first, ratio):
+    shapes, view = torch.tensor(shapes), torch.arange(first, first + len(shapes))
+    for view in (view, 0*view):
+        top, left, h, w, _ = ResizedCrop(8, ratio=ratio).boxes(view, side, shapes)
+        for start, length in ((top, h), (left, w)):
+            assert (start >= 0).all() and (length >= 1).all() and (start + length <= side).all()
+
+
+def test_only_the_proportion_of_a_shape_counts():
+    for high, wide in ((427, 640), (640, 427), (300, 2000)):
+        few, many = (torch.tensor([[high, wide]]*500)*k for k in (1, 2**16))
+        for a, b in zip(*(ResizedCrop(8).boxes(torch.arange(500), 336, shapes)[2:4] for shapes in (few, many))):
+            assert ((a - b).abs() > 1).float().mean() < 0.01  # where a piece just fits
+
+
+def test_a_panorama_has_the_largest_piece_that_the_ratio_allows():
+    "Nothing of 9 to 10 tenths of its area fits into a picture of 1:8."
+    for shape, expected in (((100, 800), (400, 400*4//3//8 + 1)), ((800, 100), (400*4//3//8 + 1, 400))):
+        _, _, h, w, _ = ResizedCrop(8, scale=(0.9, 1)).boxes(torch.arange(1, 50), 400, torch.tensor([shape]*49))
+        assert abs(h - expected[0]).max() <= 1 and abs(w - expected[1]).max() <= 1
+
+
+def test_roots_are_exact():
+    n = torch.arange(100_000)
+    for x in (n**2, n**2 + 2*n): assert torch.equal(_root(x), n)  # the first and the last with that root
+
+
+def disc(high, wide, side):
+    "A white disc in the middle of a black picture of that shape, squeezed to a square: (1, 1, side, side)."
+    y, x = torch.arange(high)[:, None] - (high - 1)/2, torch.arange(wide) - (wide - 1)/2
+    return TF.resize((255*(y**2 + x**2 < (min(high, wide)/3)**2)).byte()[None, None], [side, side], antialias=True)
+
+
+@pytest.mark.parametrize('augment', [CropFlip(), CropFlip(2, flip=True), ResizedCrop(48)])
+@pytest.mark.parametrize('crop', [1, 0.75])
+def test_a_disc_is_round_again_and_where_the_centre_cut_had_it(augment, crop):
+    shapes = [(240, 240), (240, 480), (600, 200), (200, 320)]
+    x = torch.cat([disc(*shape, 96) for shape in shapes])
+    more = dict(y=[0, 1, 0, 1], classes=['a', 'b'], mean=[0], std=[1/255], size=round(48*crop), crop=crop)
+    found = ImageData(x, augment=augment, shapes=shapes, **more).get(torch.arange(4)).x
+    centred = torch.cat([resize(disc(240, 240, 240), 48)]*4)
+    expected = ImageData(centred, **more).get(torch.arange(4)).x
+    assert (found - expected).abs().mean() < 4 and found.shape == (4, 1, round(48*crop), round(48*crop))
+
+
+def test_every_view_of_a_photograph_keeps_what_is_round_round():
+    augment, n = ResizedCrop(64, scale=(0.5, 1), ratio=(1, 1)), 40
+    for shape in ((240, 480), (600, 240)):
+        x = ImageData(disc(*shape, 256).expand(n, -1, -1, -1), torch.arange(n) % 2, ['a', 'b'], mean=[0], std=[1],
+                      shapes=[shape]*n, augment=augment).get(torch.arange(n), torch.arange(n)).x[:, 0] > 0.5
+        for picture in x:
+            h, w = picture.any(1).sum(), picture.any(0).sum()
+            if not (picture[[0, -1]].any() or picture[:, [0, -1]].any()): assert abs(h - w) <= 3
+
+
 def test_resizing_is_exact_in_any_batch_and_under_autocast():
     x, view = images(33, side=41), torch.arange(100, 133)
     augment = ResizedCrop(29)
@@ -289,6 +378,48 @@ def test_moves_between_devices():
         assert torch.allclose(d.to('cuda').get(index, index).x.cpu(), d.get(index, index).x, atol=1e-6)
 
 
+def photographs(n=12, **kwargs):
+    shapes = torch.arange(1, 2*n + 1).view(n, 2)*10
+    return dataset(n, side=16, shapes=shapes, **{'augment': ResizedCrop(8)} | kwargs), shapes
+
+
+@pytest.mark.parametrize('augment', [ResizedCrop(8), CropFlip(2, flip=True), CropFlip()])
+def test_shapes_stay_with_their_images(augment):
+    d, shapes = photographs(augment=augment)
+    index, view, some = torch.arange(12), torch.arange(12) % augment.n, torch.tensor([7, 0, 3])
+    x = d.get(index, view).x
+    assert torch.equal(d.subset(some).get(torch.arange(3), view[some]).x, x[some])
+    assert torch.equal(d.subset(some).shapes, shapes[some]) and torch.equal(d.subset(index < 5).shapes, shapes[:5])
+    for same in (d.replace(name='b'), d.unlabelled([0]), d.to('cpu'), copy.copy(d), d.seen(mean=d.mean)):
+        assert torch.equal(same.get(index, view).x, x) and torch.equal(same.shapes, shapes)
+    assert torch.equal(torch.cat([d.get(index[i:i+1], view[i:i+1]).x for i in range(12)]), x)
+    assert torch.equal(d.get(some, view[some]).x, x[some]) and d.y.dtype == d.shapes.dtype == torch.int64
+    assert d.to('meta').shapes.device == torch.device('meta')
+    assert 'squeezed' in repr(d) and 'squeezed' not in repr(dataset())
+    seen = d.seen(size=20)
+    assert seen.get(index).x.shape[-1] == 20 and torch.equal(seen.shapes, shapes)
+
+
+@pytest.mark.parametrize('augment', [CropFlip(2, flip=True), CropFlip()])
+def test_squares_need_no_shapes(augment):
+    index, view = torch.arange(60), torch.arange(60) % augment.n
+    for size in (16, 24, 9):
+        plain, known = (dataset(side=16, augment=augment, size=size, shapes=s) for s in (None, [[30, 30]]*60))
+        assert torch.equal(plain.get(index, view).x, known.get(index, view).x)
+
+
+def test_shapes_belong_to_the_pixels_in_the_fingerprint():
+    d, shapes = photographs()
+    shapes = shapes.clone()
+    shapes[3, 0] += 1
+    others = [photographs(n=12)[0], dataset(12, side=16, augment=ResizedCrop(8)),
+              dataset(12, side=16, augment=ResizedCrop(8), shapes=shapes)]
+    for labels in (True, False):
+        same, *differ = (o.fingerprint(labels) for o in others)
+        assert same == d.fingerprint(labels) and len({same, *differ}) == 3
+    assert d.subset([1, 2]).fingerprint(labels=False) == d.subset([1, 2]).unlabelled([]).fingerprint(labels=False)
+
+
 def test_fingerprint_changes_with_everything_that_matters():
     d = dataset()
     assert len(d.fingerprint()) == 16 and int(d.fingerprint(), 16) >= 0
@@ -316,6 +447,8 @@ X, Y, C = images(6, side=4), torch.arange(6) % 2, ['a', 'b']
     (lambda: ImageData(X[:0], Y[:0], C), 'empty'),
     (lambda: ImageData(X, Y[:5], C), 'one label for each of the 6 images'),
     (lambda: ImageData(X, Y.float(), C), 'y must hold integers'),
+    *[(lambda s=s: ImageData(X, Y, C, shapes=s), 'shapes must be height and width of each of the 6 images')
+      for s in ([[1, 1]]*5, [1]*6, torch.ones(6, 2), [[0, 0]]*6, [[1, -1]]*6)],
     (lambda: ImageData(X, Y + 1, C), 'labels must be from 0 to 1.*holds 2'),
     (lambda: ImageData(X, Y - 1, C), 'labels must be from 0 to 1.*holds -1'),
     (lambda: ImageData(X, 0*Y, C), "at least 2 classes.*'a'"),
@@ -445,7 +578,8 @@ def test_what_is_measured_does_not_depend_on_the_batches(n, size, seed):
     d, logits = dataset(max(n, 3)), 3 * torch.randn(max(n, 3), 3, generator=g)
     answers = ((logits[b.index], b) for b in d.batches(size))
     found = d.measure(answers)
-    assert list(found) == [m.name for m in d.measures] == ['accuracy', 'loss', 'ece']
+    names = {'accuracy', 'balanced_accuracy', 'loss', 'ece'}
+    assert list(found) == [m.name for m in d.measures] and set(found) == names
     assert found['accuracy'] == (logits.argmax(1) == d.y).double().mean().item()
     assert found['loss'] == pytest.approx(F.cross_entropy(logits, d.y).item(), rel=1e-5)
     assert found['ece'] == pytest.approx(calibration_error(logits, d.y), abs=1e-12)
@@ -523,7 +657,7 @@ def test_a_sight_is_a_value():
     assert Sight(size=8).wanting() == Sight(size=8)
     assert Sight(augment=ResizedCrop(8)).wanting(size=7, crop=0.875) == Sight(augment=ResizedCrop(8), size=7,
                                                                               crop=0.875)
-    said = 'replace can change mean, std, augment, size, views, crop, name, but was given colour'
+    said = 'replace can change mean, std, augment, size, views, crop, name, by_class, but was given colour'
     with pytest.raises(ValueError, match=said): dataset().replace(colour=3)
     with pytest.raises(TypeError, match='colour'): ImageData(images(), torch.arange(60) % 3, 'abc', colour=3)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill_nb import folders as data_module, models as models_module
+from distill_nb import sets as data_module, models as models_module
 from distill_nb.files import save_weights
 from distill_nb.data import ImageData, Splits, digits, few_labels
 from distill_nb.models import digit_student, digit_teacher, profile_model

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from distill_nb import inference
-from distill_nb.cli import distill_nb_predict, run_command
+from distill_nb.cli import distill_nb, distill_nb_predict, run_command
 from distill_nb.data import UNLABELLED, ImageData
-from distill_nb.files import save_weights
-from distill_nb.folders import image_folder
+from distill_nb.files import read_weights, save_weights
+from distill_nb.folders import ImageFiles, image_folder
+from distill_nb.images import Form
 from distill_nb.inference import image_paths, open_student, predictions, write_predictions
 from distill_nb.training import Teacher, predict
 from distill_nb.zoo import build_model
@@ -79,13 +80,42 @@ def test_the_answers_are_those_of_the_training(sizes, mode, size, tmp_path):
     data = image_folder(write(tmp_path/'photos', sizes=sizes, mode=mode), size=size, max_bytes=0, workers=0)
     model = student(tmp_path/'s.safetensors', data.train)
     expected = predict(model, data.test).double().softmax(1).sort(dim=1, descending=True)
-    network, side = open_student(tmp_path/'s.safetensors')
-    found = list(predictions(network, data.test.files, side, top=3, batch_size=len(data.test)))
+    network, form = open_student(tmp_path/'s.safetensors')
+    found = list(predictions(network, data.test.files, form, top=3, batch_size=len(data.test)))
     assert [p.path for p in found] == data.test.files
     assert [p.classes for p in found] == [[CLASSES[c] for c in row] for row in expected.indices.tolist()]
     assert [p.probabilities for p in found] == expected.values.tolist()
-    one_by_one = predictions(network, data.test.files, side, top=3, batch_size=1)
+    one_by_one = predictions(network, data.test.files, form, top=3, batch_size=1)
     assert [p.probabilities for p in one_by_one] == [pytest.approx(p.probabilities, abs=1e-5) for p in found]
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    "Photographs of several sizes, and a run on them: they are stored squeezed."
+    root = tmp_path_factory.mktemp('photographs')
+    write(root/'photos', n=20, sizes=((110, 130), (150, 104), (120, 120), (104, 260)))
+    argv = ['--data', f"folder:{root/'photos'}", '--size', 100, '--teacher', 'resnet8', '--student', 'resnet8',
+            '--epochs', 1, '--teacher_epochs', 6, '--seeds', 1, '--temperature', 4, '--alpha', 0.5, '--labels', 0,
+            '--out', root/'run']
+    assert run_command(distill_nb, [str(a) for a in argv]) == 0
+    return root
+
+
+@pytest.mark.parametrize('who', ['student', 'teacher'])
+@pytest.mark.parametrize('max_bytes', [None, 0])
+def test_the_networks_of_a_run_on_photographs_are_asked_as_in_the_run(who, max_bytes, photographs):
+    path = photographs/'run'/f'{who}.safetensors'
+    splits = [image_folder(photographs/'photos', size=100, max_bytes=m, workers=0) for m in (max_bytes, 0)]
+    (test, lazy), n = [s.test for s in splits], len(splits[0].test)
+    network, form = open_student(path)
+    assert form == lazy.form == Form(120, 'RGB', whole=True) and read_weights(path)[1]['whole'] == 'True'
+    assert n > 4 and len(test.shapes.unique(dim=0)) > 2 and isinstance(test, ImageFiles) == (max_bytes == 0)
+    other = Teacher(network.model, **network.contract | {'size': (64, 0.8)})
+    for asked, model in (network, network.model), (other, other):
+        expected = predict(model, test, n).double().softmax(1).sort(dim=1, descending=True)[0].tolist()
+        answers = lambda form: [p.probabilities for p in predictions(asked, lazy.files, form, 3, n)]
+        assert answers(form) == expected
+        assert answers(form._replace(whole=False)) != expected and answers(None) != expected
 
 
 @pytest.mark.parametrize('mode', ['L', 'LA', 'RGBA', 'P', 'CMYK', '1'])
@@ -96,9 +126,9 @@ def test_images_of_every_kind_are_read_as_training_reads_them(mode, tmp_path, tr
     data = image_folder(photos, size=16, max_bytes=0, workers=0)
     split = next(s for s in data if str(odd) in s.files)
     own = split.pixels(torch.tensor([split.files.index(str(odd))]))
-    network, side = open_student(trained)
+    network, form = open_student(trained)
     shown = ImageData(own, torch.tensor([UNLABELLED]), CLASSES, mean=network.mean, std=network.std)
-    [p] = predictions(network, odd, side, top=3)
+    [p] = predictions(network, odd, form, top=3)
     assert p.probabilities == predict(network, shown).double().softmax(1)[0].sort(descending=True)[0].tolist()
 
 
@@ -107,8 +137,8 @@ def test_a_student_of_a_grey_folder_reads_colours_as_grey(tmp_path):
     image = Image.fromarray(pixels(0, 16, 16))
     image.save(tmp_path/'colour.png')
     image.convert('L').save(tmp_path/'grey.png')
-    network, side = open_student(tmp_path/'s.safetensors')
-    colour, grey = predictions(network, [tmp_path/'colour.png', tmp_path/'grey.png'], side)
+    network, form = open_student(tmp_path/'s.safetensors')
+    colour, grey = predictions(network, [tmp_path/'colour.png', tmp_path/'grey.png'], form)
     assert colour.probabilities == grey.probabilities
 
 
@@ -116,7 +146,7 @@ def test_a_teacher_of_ones_own_and_the_side_that_it_sees(tmp_path):
     model = build_model('resnet8', 3, 3, 16)
     Image.fromarray(pixels(0, 30, 20)).save(tmp_path/'a.png')
     network = Teacher(model, CLASSES, [0.4]*3, [0.2]*3, 16)
-    assert list(predictions(network, tmp_path)) == list(predictions(network, tmp_path, side=16))
+    assert list(predictions(network, tmp_path)) == list(predictions(network, tmp_path, Form(16)))
     for lacking in ('classes', 'size'):
         with pytest.raises(ValueError, match=f'must know its {lacking} .*--architecture FILE.py:FUNCTION'):
             predictions(Teacher(model, **network.contract | {lacking: None}), tmp_path)
@@ -126,6 +156,8 @@ def test_a_teacher_of_ones_own_and_the_side_that_it_sees(tmp_path):
             Teacher(model, CLASSES, [0.], [1.], 16): 'the network',
             Teacher(model, CLASSES, [0.]*2, [1.]*2, 16): 'mean'}.items():
         with pytest.raises(ValueError, match=said): predictions(other, tmp_path)
+    for form, said in (16, 'form must be a Form'), (Form(16, 'L'), 'mode must be RGB'), (Form(0), 'side must be'):
+        with pytest.raises(ValueError, match=said): predictions(network, tmp_path, form)
 
 
 def test_a_network_that_saw_the_centre_of_its_images_sees_it_here(tmp_path):
@@ -181,7 +213,7 @@ def damaged(folder):
     Image.fromarray(pixels(0, 16, 16)).save(folder/'good.png')
     (folder/'cut.png').write_bytes((folder/'good.png').read_bytes()[:300])
     (folder/'empty.jpg').touch()
-    Image.fromarray(np.full((16, 16), 40000, np.uint16)).save(folder/'sixteen.png')
+    Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(folder/'floating.tif')
     return folder
 
 
@@ -193,7 +225,8 @@ def test_a_damaged_image_is_a_row_with_its_reason_and_exit_code_1(batch_size, tm
     head, *rows = table(said.out)
     assert [len(r) for r in rows] == [len(head)]*4 and head[-1] == 'error'
     why = {Path(r[0]).name: r[-1] for r in rows}
-    assert why['good.png'] == '' and 'cannot identify image file' in why['empty.jpg'] and '8 bits' in why['sixteen.png']
+    assert why['good.png'] == '' and '8 bits' in why['floating.tif']
+    assert 'cannot identify image file' in why['empty.jpg']
     assert why['cut.png'] and not any(str(folder) in reason for reason in why.values())
     assert all(r[1:-1] == ['']*4 for r in rows if r[-1])
     assert said.err == 'distill_nb_predict: 3 of 4 images cannot be read; their rows say why\n'
@@ -203,8 +236,8 @@ def test_a_damaged_image_is_a_row_with_its_reason_and_exit_code_1(batch_size, tm
 def test_a_file_that_vanishes_meanwhile_is_a_row_too(tmp_path, trained):
     files = [tmp_path/f'{i}.png' for i in range(3)]
     for i, f in enumerate(files): Image.fromarray(pixels(i, 16, 16)).save(f)
-    network, side = open_student(trained)
-    found = predictions(network, files, side)
+    network, form = open_student(trained)
+    found = predictions(network, files, form)
     files[1].unlink()
     assert [bool(p.error) for p in found] == [False, True, False]
 
@@ -234,21 +267,21 @@ def begun(folder, trained, out, batches, monkeypatch, **more):
 
 def test_wherever_a_table_was_cut_off_it_goes_on_to_the_same_bytes(odd, tmp_path, trained, monkeypatch):
     (tmp_path/'new'/'b\n"damaged".png').touch()
-    network, side = open_student(trained)
+    network, form = open_student(trained)
     asked, ask = [], inference.read_images
     def counted(files, *args):
         asked.append(len(files))
         return ask(files, *args)
     monkeypatch.setattr(inference, 'read_images', counted)
     whole, again = tmp_path/'whole.csv', tmp_path/'again.csv'
-    assert write_predictions(network, tmp_path/'new', side, 2, 2, whole) == (1, 8)
+    assert write_predictions(network, tmp_path/'new', form, 2, 2, whole) == (1, 8)
     partial = begun(tmp_path/'new', trained, again, 2, monkeypatch, top=2, batch_size=2)
     first = partial.read_bytes().partition(b'\n')[0] + b'\n'
     text, head = first + whole.read_bytes(), len(first) + whole.read_bytes().index(b'\n') + 1
     assert text.startswith(partial.read_bytes()) and len(table(partial.read_text().partition('\n')[2])) == 5
     for end in [*range(head, len(text), 5), len(text) - 1, len(text)]:
         partial.write_bytes(text[:end])
-        assert write_predictions(network, tmp_path/'new', side, 2, 2, again, resume=True) == (1, 8)
+        assert write_predictions(network, tmp_path/'new', form, 2, 2, again, resume=True) == (1, 8)
         assert again.read_bytes() == whole.read_bytes() and not partial.exists()
         again.unlink()
     assert set(asked) == {8, 6, 4, 2, 0}  # what is there is not asked again, and batches stay what they were
@@ -300,6 +333,14 @@ def test_a_table_is_continued_only_as_it_was_begun(odd, tmp_path, trained, monke
     for more, said in ([], 'a new file'), (['--resume'], 'a table that was begun, not a complete one'):
         assert command(new, '--student', trained, '--out', out, *more) == 2
         assert f'out must be {said}' in capsys.readouterr().err and out.read_bytes() == whole
+
+
+@pytest.mark.parametrize('form, said', [(Form(16, whole=True), 'whole was False and is True'), (Form(8), 'side was')])
+def test_a_table_is_continued_only_with_images_of_the_same_form(form, said, odd, tmp_path, trained, monkeypatch):
+    begun(tmp_path/'new', trained, tmp_path/'t.csv', 1, monkeypatch, batch_size=2)
+    network, _ = open_student(trained)
+    with pytest.raises(ValueError, match=said):
+        write_predictions(network, tmp_path/'new', form, batch_size=2, out=tmp_path/'t.csv', resume=True)
 
 
 @pytest.mark.parametrize('content', [b'', b'no json\n', b'[]\n', b'7\n'])
@@ -430,6 +471,7 @@ def test_what_is_no_image_is_counted_and_a_pipe_is_not_waited_for(tmp_path, trai
     place = write(tmp_path/'photos', n=1)
     (place/'notes.txt').write_text('no image')
     os.mkfifo(place/CLASSES[0]/'pipe.png')
-    assert command(place, '--student', trained) == 1
-    out, err = capsys.readouterr()
-    assert 'it is no regular file' in out and '1 files are no images by their suffix, and were left out' in err
+    assert command(place, '--student', trained) == 0
+    said = 'distill_nb_predict: 1 left out: no image by its suffix\ndistill_nb_predict: 1 left out: no regular file\n'
+    assert capsys.readouterr().err == said
+    assert command(place/CLASSES[0]/'pipe.png', '--student', trained) == 2  # it is no file and no folder

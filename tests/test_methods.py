@@ -13,7 +13,6 @@ from distill_nb.models import digit_student, digit_teacher
 from distill_nb.training import DivergedError, Recipe, Setup, Supervised, Teacher, fit
 from distill_nb.compare import compare
 from distill_nb.cache import CachedTeacher
-from distill_nb.self_distillation import Generations
 from distill_nb.zoo import build_model
 from distill_nb.methods import METHODS, Task, choose_setting, contender, rehearse
 
@@ -78,6 +77,7 @@ def test_methods_see_the_images_that_they_may(task):
 def test_without_data_no_image_is_read(task):
     class Closed:
         size, channels, mean, std, classes = 8, 1, [0.5], [0.25], list('0123456789')
+        measures = ()
         def __getattr__(self, name): raise AssertionError(f'{name} was read')
     closed = task._replace(labelled=Closed(), transfer=Closed())
     way = contender('data_free', closed, balance=5.)
@@ -161,10 +161,7 @@ def test_an_earlier_student_is_trained_once(task, tmp_path, monkeypatch):
 
 def test_the_earlier_student_has_initial_weights_and_a_seed_of_its_own(task, monkeypatch):
     seeds = []
-    def trained(make_student, data, recipe, **_):
-        seeds.append(recipe.seed)
-        return Generations([make_student()])
-    monkeypatch.setattr(methods, 'born_again', trained)
+    monkeypatch.setattr(methods, 'fit', lambda objective, data, recipe, **_: seeds.append(recipe.seed))
     def start(seed):
         torch.manual_seed(seed)
         student = digit_student()
@@ -203,10 +200,7 @@ def test_an_earlier_student_may_be_no_better_than_chance(task):
 
 def test_the_earlier_student_is_trained_on_the_device_of_the_task_and_rehearsed_on_the_cpu(task, monkeypatch):
     devices = []
-    def trained(make_student, *_, setup, **__):
-        devices.append(setup.device)
-        return Generations([make_student()])
-    monkeypatch.setattr(methods, 'born_again', trained)
+    monkeypatch.setattr(methods, 'fit', lambda *_, setup: devices.append(setup.device))
     way = contender('born_again', task._replace(setup=Setup(device='cuda:1')), temperature=4., alpha=0.5)
     way.objective(digit_student())
     rehearse('born_again', task._replace(setup=Setup(device='cuda:1')))

@@ -1,5 +1,5 @@
 """The promises of `fit`: repeatable, resumable, shareable between processes, and loud about bad input."""
-import json, math, os, random, signal, subprocess, sys, time
+import csv, json, math, os, random, signal, subprocess, sys, time, warnings
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -13,10 +13,11 @@ from torch import nn
 from distill_nb import training
 from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED, DistillationLoss
-from distill_nb.data import CropFlip, Data, ImageData, Measure, ResizedCrop, digits
+from distill_nb.data import CropFlip, Data, ImageData, Measure, Measured, ResizedCrop, digits
 from distill_nb.models import digit_student, digit_teacher, evaluating, resnet8
 from distill_nb.training import (Checkpoint, DivergedError, History, Objective, Recipe, Run, Setup, Supervised, Teacher,
                                  check_classes, evaluate, fit, fit_device, logits_of, plot_curves, predict, scheduled)
+from processes import alone_and_together
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
 
@@ -377,7 +378,7 @@ def test_what_is_measured_is_a_number_with_every_name_that_was_promised(tmp_path
     valid = Tensors(data.x, data.y, data.classes)
     fit(Supervised(net()), data, RECIPE, valid, folder=tmp_path)
     assert type(evaluate(net(), valid).accuracy) is float
-    with pytest.raises(ValueError, match='what data.measure gives must be with accuracy, ece'):
+    with pytest.raises(ValueError, match='what data.measure gives must be with accuracy, balanced_accuracy, ece'):
         evaluate(net(), Less(data.x, data.y, data.classes))
 
 
@@ -511,7 +512,8 @@ def test_fit_leaves_the_teacher_alone_and_trains_adapters():
     dict(batch_size=np.int64(8)), dict(steps=True), dict(seed=np.int64(1)),
     dict(lr=0), dict(lr=-1), dict(lr=math.nan), dict(lr='0.1'), dict(lr=True), dict(lr=np.float32(0.1)), dict(lr=None),
     dict(momentum=1), dict(weight_decay=-1), dict(weight_decay='0'), dict(warmup=1), dict(clip=0), dict(clip='1'),
-    dict(augment='no'), dict(augment=1), dict(seed=True), dict(seed=1.5),
+    dict(augment='no'), dict(augment=1), dict(seed=True), dict(seed=1.5), dict(keep='first'), dict(keep=None),
+    dict(patience=0), dict(patience=True), dict(patience=2.5), dict(patience='3'), dict(rows=0), dict(rows=2.5),
     dict(optimizer='lion'), dict(schedule='x'), dict(precision='fp8')])
 def test_a_recipe_names_what_is_wrong_with_it(bad):
     (name, value), = bad.items()
@@ -670,6 +672,213 @@ def test_every_row_goes_to_the_log_of_the_setup():
     assert rows == h.rows and len(rows) > 1
     with pytest.raises(ValueError, match='the setup of a run has folder, .*log, but was given fold'):
         fit(Supervised(net()), images(), RECIPE, fold='run')
+
+
+# --- which weights are kept, and when a run stops
+
+RESTLESS = replace(RECIPE, lr=0.1, schedule='constant', keep='best')  # ten rows, of two steps each
+
+
+class Told(Distilling):
+    "Has batch normalisation and an adapter, and is measured by a list; how often is a part of its state."
+    def __init__(self, values=()):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+        super().__init__(model, net(seed=1))
+        self.values = tuple(values)
+        self.register_buffer('n', torch.tensor(0))
+
+    def measure(self, valid):
+        self.n += 1
+        return Measured(accuracy=self.values[self.n - 1], spare=0.)
+
+
+def told(values, recipe=RESTLESS, **setup):
+    torch.manual_seed(0)
+    objective, states = Told(values), {}
+    def log(row): states[row['step']] = weights(objective)
+    h = fit(objective, images(), recipe, images(), log=log, progress=False, **setup)
+    return objective, h, states
+
+
+def as_measured(h): return [{k: v for k, v in r.items() if k != 'seconds'} for r in h.rows]
+
+
+VALUES = (.1, .5, .2, .7, .7, .3, .6, .7, .1, .2)
+
+
+def test_the_best_row_is_the_first_of_the_best_in_the_direction_of_the_measure():
+    def best(values, **measure):
+        rows = [{'step': i, 'x': v} if v is not None else {'step': i} for i, v in enumerate(values)]
+        return History(rows, measure=Measure('x', **measure)).best
+    assert best([1, 3, 3, 2])['step'] == 1 and best([2, 1, 1, 3], higher=False)['step'] == 1
+    assert best([math.nan, 1, math.nan])['step'] == 1 and best([]) is None
+    assert History([{'step': 3}]).best is None and History([{'step': 3}]).steps == 3 and History().steps == 0
+
+
+def test_the_state_of_the_best_row_is_kept_whole():
+    "Weights, adapter, running averages and counts are those of the row, and the steps are the same as without."
+    objective, h, states = told(VALUES)
+    assert len(set(states.values())) == len(h.rows) == 10 and h.best['step'] == 8 and h.steps == h.planned == 20
+    assert weights(objective) == states[8] and not objective.training
+    last, without, same = told(VALUES, replace(RESTLESS, keep='last'))
+    assert as_measured(without) == as_measured(h) and same == states and weights(last) == states[20]
+
+
+@pytest.mark.parametrize('patience, steps', [(1, 6), (2, 12), (3, 14), (4, 16), (6, 20), (7, 20)])
+def test_patience_stops_a_run_whose_schedule_stays_as_planned(patience, steps):
+    recipe = replace(RESTLESS, schedule='cosine', patience=patience)
+    objective, h, states = told(VALUES, recipe)
+    _, whole, _ = told(VALUES, replace(recipe, patience=None))
+    assert (h.steps, h.planned, len(h.losses['hard'])) == (steps, 20, steps)
+    assert as_measured(h) == as_measured(whole)[:steps // 2] and weights(objective) == states[h.best['step']]
+    last, h, states = told(VALUES, replace(recipe, keep='last'))
+    assert h.steps == steps and weights(last) == states[steps]
+
+
+@pytest.mark.parametrize('patience, keep', [(None, 'best'), (3, 'best'), (3, 'last')])
+def test_a_run_that_is_killed_at_any_step_keeps_the_same_weights(tmp_path, interrupt, patience, keep):
+    recipe = replace(RESTLESS, patience=patience, keep=keep)
+    whole, h, _ = told(VALUES, recipe)
+    for stop in range(0, h.steps):
+        torch.manual_seed(0)
+        objective, folder = Told(VALUES), tmp_path/str(stop)
+        interrupt(objective, stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(objective, images(), recipe, images(), folder=folder, save_every=0, progress=False)
+        resumed, again, _ = told(VALUES, recipe, folder=folder, resume=True)
+        assert weights(resumed) == weights(whole) and as_measured(again) == as_measured(h)
+        assert (again.steps, again.planned, again.best['step']) == (h.steps, h.planned, h.best['step'])
+
+
+def test_a_run_that_stopped_early_is_done(tmp_path, interrupt):
+    recipe = replace(RESTLESS, patience=3)
+    first, h, _ = told(VALUES, recipe, folder=tmp_path)
+    assert not [k for k in Checkpoint(tmp_path).read()[0] if k.startswith('best.')]
+    torch.manual_seed(0)
+    again = Told(VALUES)
+    calls = interrupt(again, 0)
+    found = fit(again, images(), recipe, images(), folder=tmp_path, resume=True)
+    assert not calls and weights(again) == weights(first) and as_measured(found) == as_measured(h)
+
+
+def test_a_run_that_diverges_leaves_its_best_in_the_checkpoint(tmp_path):
+    with pytest.raises(DivergedError):
+        fit(Poisoned(net()), images(), RESTLESS, images(), folder=tmp_path, save_every=0)
+    tensors, meta = Checkpoint(tmp_path).read()
+    best = {k: t for k, t in tensors.items() if k.startswith('best.')}
+    assert len(best) == len(net().state_dict()) and all(t.isfinite().all() for t in best.values())
+    assert History(**meta['history']).best and not meta['done']
+
+
+def test_without_a_validation_split_nothing_is_best():
+    for bad, said in ((dict(keep='best'), "keep must be 'last' without a validation split.*but is 'best'"),
+                      (dict(patience=3), 'patience must be None without a validation split.*but is 3')):
+        with pytest.raises(ValueError, match=said): fit(Supervised(net()), images(), replace(RECIPE, **bad))
+
+
+def test_a_checkpoint_that_is_older_than_a_field_of_the_recipe_is_continued(tmp_path):
+    fit(a := Supervised(net()), images(), RECIPE, images(), folder=tmp_path)
+    tensors, meta = Checkpoint(tmp_path).read()
+    for name in ('keep', 'patience'): del meta['recipe'][name]
+    del meta['history']['planned']
+    Checkpoint(tmp_path).write(tensors, meta)
+    h = fit(b := Supervised(net()), images(), RECIPE, images(), folder=tmp_path, resume=True)
+    assert weights(a) == weights(b) and h.planned == 20
+    with pytest.raises(ValueError, match="another recipe: keep was 'last' and is 'best'"):
+        fit(Supervised(net()), images(), replace(RECIPE, keep='best'), images(), folder=tmp_path, resume=True)
+
+
+TOGETHER = """
+from accelerate.utils import gather_object
+from test_training import *
+def run():
+    recipe = replace(RESTLESS, patience=3, lr=1.)
+    h = fit(a := Supervised(net()), images(), recipe, images(seed=1), device='cpu', progress=False)
+    said = ''
+    class Spoilt(Supervised):
+        def measure(self, valid): raise DivergedError('it broke')
+    try: fit(Spoilt(net()), images(), RECIPE, images(), device='cpu', progress=False)
+    except DivergedError as e: said = str(e)
+    return gather_object([[weights(a), h.steps, h.best['step'], h.best['accuracy'], said]])
+"""
+
+
+def test_processes_stop_at_the_same_row_and_keep_the_same_weights(tmp_path):
+    (one, alone), (two, *both) = alone_and_together(TOGETHER, tmp_path)
+    assert (one, two) == (1, 2) and both[0] == both[1]
+    assert both[0][1:] == alone[1:] and alone[2] < alone[1] < 20 and alone[4] == 'it broke'
+
+
+# --- what is told while a run goes on
+
+def test_a_log_that_fails_is_said_once_and_the_run_goes_on():
+    calls = []
+    def log(row):
+        calls.append(row['step'])
+        row.clear()
+        raise OSError(28, 'No space left on device')
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        h = fit(a := Supervised(net()), images(), RECIPE, images(), log=log)
+    told, = [str(w.message) for w in said]
+    assert told.startswith('the log failed at step 2 of 20, and the run goes on: OSError') and 'No space left' in told
+    assert calls == [r['step'] for r in h.rows] and len(calls) == 10
+    fit(b := Supervised(net()), images(), RECIPE, images())
+    assert weights(a) == weights(b)
+    def stop(row): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(Supervised(net()), images(), RECIPE, log=stop)
+
+
+def test_a_log_that_fails_ends_no_run_where_warnings_are_errors(capsys):
+    def log(row): 1 / 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        h = fit(Supervised(net()), images(), RECIPE, images(), log=log)
+    assert h.steps == 20 and capsys.readouterr().err.count('the log failed at step 2 of 20, and the run goes on') == 1
+
+
+@pytest.mark.parametrize('rows, steps', [
+    (None, [*range(2, 21, 2)]), (1, [20]), (3, [7, 14, 20]), (99, [*range(1, 21)])])
+def test_a_recipe_may_say_how_often_is_measured_and_the_weights_are_the_same(rows, steps):
+    h = fit(a := Supervised(net()), images(), replace(RECIPE, rows=rows), images())
+    assert [r['step'] for r in h.rows] == steps
+    fit(b := Supervised(net()), images(), RECIPE, images())
+    assert weights(a) == weights(b)
+
+
+@pytest.mark.parametrize('n, steps, rows', [(1000, 120, 12), (10, 2, 20), (8000, 960, 12)])
+def test_steps_and_rows_as_for_other_data(n, steps, rows):
+    r = Recipe(epochs=12, batch_size=100)
+    same = r.as_for(n)
+    assert (r.total_steps(n), r.total_rows(n)) == (steps, rows)
+    assert all((same.total_steps(m), same.total_rows(m)) == (steps, rows) for m in (1, 50, 10**6))
+    assert replace(r, epochs=200).total_rows(n) == 50 and replace(r, epochs=200, rows=70).total_rows(n) == 70
+
+
+def curve(folder):
+    with open(folder/'curve.csv', newline='') as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def test_the_curve_is_on_disk_with_every_row_and_whole_after_a_resume(tmp_path, interrupt):
+    rows = []
+    def log(row):
+        rows.append(row)
+        assert curve(tmp_path) == rows
+    objective = Supervised(net())
+    interrupt(objective, 13)
+    with pytest.raises(KeyboardInterrupt):
+        fit(objective, images(), RECIPE, images(), folder=tmp_path, log=log, save_every=0)
+    assert len(curve(tmp_path)) == len(rows) == 6
+    h = fit(Supervised(net()), images(), RECIPE, images(), folder=tmp_path, resume=True)
+    assert curve(tmp_path) == h.rows and len(h.rows) == 10
+
+
+def test_a_curve_that_can_not_be_written_is_said_once_and_the_run_goes_on(tmp_path):
+    (tmp_path/'curve.csv').mkdir()
+    with pytest.warns(UserWarning, match='the curve failed at step 2 of 20') as said:
+        h = fit(Supervised(net()), images(), RECIPE, images(), folder=tmp_path)
+    assert len(said) == 1 and len(h.rows) == 10 and Checkpoint(tmp_path).read()[1]['done']
 
 
 def test_runs_can_be_stepped_side_by_side_in_different_precisions():
@@ -859,7 +1068,7 @@ def test_a_last_step_that_destroys_the_weights_is_noticed(tmp_path):
     with pytest.raises(DivergedError, match='not finite'): fit(Supervised(net()), images(), once, images())
     with pytest.raises(DivergedError, match='no longer finite'):
         fit(Supervised(net()), images(), replace(once, lr=1e39), folder=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ['curve.csv']
 
 
 @pytest.mark.parametrize('first, factor, stops', [(1., 1.1e5, True), (1., 0.9e5, False), (1e4, 1.1e5, True),

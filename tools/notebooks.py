@@ -64,7 +64,8 @@ def kernel(nb, python=sys.executable, first=''):
         command = [python, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
         manager._kernel_spec = KernelSpec(argv=command, language='python')
         client = NotebookClient(nb, km=manager, timeout=None, resources={'metadata': {'path': folder}})
-        with client.setup_kernel(cleanup_kc=True):
+        env = os.environ | {'DISTILL_NB_CACHE': f'{sockets}/cache'}  # not that of whoever runs it
+        with client.setup_kernel(cleanup_kc=True, env=env):
             if first:
                 nb.cells.append(new_code_cell(first))
                 client.execute_cell(nb.cells[-1], len(nb.cells) - 1)
