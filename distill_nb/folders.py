@@ -40,10 +40,13 @@ def _role(name):
     word = re.sub('[-_ .]', '', name.casefold())
     return _ROLES.get(re.sub('(set|split|data|images|imgs|img)+$', '', word))
 
+def _words_in(name):
+    words = re.split(r'[\W\d_]+', re.sub('([a-z])([A-Z])', r'\1 \2', name))
+    return [w.casefold() for w in words if w]
+
 def _loose_role(name):
     "The same, where such a word may stand among others: train2017, seg_test, trainA."
-    words = re.split(r'[\W\d_]+', re.sub('([a-z])([A-Z])', r'\1 \2', name))
-    return next(filter(None, map(_role, words)), None)
+    return next(filter(None, map(_role, _words_in(name))), None)
 
 # %% ../nbs/folders.ipynb #f01d0004
 class Notice(NamedTuple):
@@ -87,8 +90,10 @@ def _roles(root, names, given):
     sure, found = ({*roles.values()} & {*_SPLITS} for roles in (strict, loose))
     if strict == loose or not found or {'train'} < sure: return strict
     if not any(list_images(root/n).images for n in names if loose[n] is None): return loose
-    named = [root/n for n in names if loose[n] in _SPLITS]
-    return loose if {'train'} < found and _hold_classes(named) else strict
+    named = [n for n in names if loose[n] in _SPLITS]
+    rest = {tuple(w for w in _words_in(n) if not _role(w)) for n in named}  # seg of seg_train
+    alike = len(rest) == 1 or _hold_classes([root/n for n in named])
+    return loose if {'train'} < found and alike else strict
 
 # %% ../nbs/folders.ipynb #f01d0006
 def _check_named(root, roles, flat, deep, others):

@@ -128,6 +128,15 @@ def test_splits_that_would_be_read_as_classes_are_refused(tmp_path, names, words
     with pytest.raises(ValueError, match=words): image_folder(write_folder(tmp_path, parts=('.',), classes=names))
 
 
+@pytest.mark.parametrize('names, words', [
+    (('seg_train/seg_train', 'seg_test/seg_test', 'seg_pred'), r"but holds \['seg_train'\]"),
+    (('train2017', 'val2017', 'pixelmaps'), "next to 'pixelmaps' it holds 'train2017', 'val2017', named like a split"),
+    (('train2017/a', 'train2017/b', 'val2017/a', 'samples'), "but val2017 lacks 'b'"),
+    (('xray_train/sick', 'xray_train/well', 'xray_test/SICK', 'xray_test/WELL', 'more'), "lacks 'sick', 'well'")])
+def test_a_folder_of_images_beside_them_makes_no_classes_of_splits(names, words, tmp_path):
+    with pytest.raises(ValueError, match=words): image_folder(write_folder(tmp_path, parts=('.',), classes=names))
+
+
 def test_folders_within_classes_that_differ_are_read(tmp_path):
     root = write_folder(tmp_path, parts=('.',), classes=('cat/2019', 'cat/2020', 'dog/2020', 'dog/2021'))
     assert image_folder(root).train.classes == ['cat', 'dog']
