@@ -85,8 +85,8 @@ def distill_nb(
     class_weights:str=None, # balanced: each class counts alike in the hard loss
     # State of each training that is kept: last, or best on the validation split
     keep:str='last',
-    # Measurements of the validation split (one an epoch) without a better one, after which a
-    # training stops; default: none
+    # Measurements of the validation split (one an epoch, about 50 at most) without a better one,
+    # after which a training stops; default: none
     patience:int=None,
     # How the student learns: alone, kd, kd_std, dkd, dist, hint, attention, relational,
     # born_again, byot, self, data_free; or a list of these to compare

@@ -598,7 +598,7 @@ def _say_copies(hashes, own):
     found = {k: {h.tobytes() for h in hashes[own[k].numpy()]} for k in ('train', 'valid', 'test')}
     for a, b in (('train', 'valid'), ('train', 'test'), ('valid', 'test')):
         if n := len(found[a] & found[b]):
-            _say(f'{n:,} images of {b} are in {a} as well, byte for byte.')
+            _say(f'{n:,} images of {b} are in {a} as well, as they are stored.')
 
 # %% ../nbs/sets.ipynb #5e7a0e57
 def _listed(names): return str(names[:5])[1:-1] + f' and {len(names) - 5:,} more'*(len(names) > 5)

@@ -529,7 +529,7 @@ def test_every_class_is_in_every_split_that_is_made():
 
 def test_copies_across_splits_are_said(capsys):
     dataset_splits(Made(), test=Subset(Made(), range(6)), valid=Made(lambda x: x.flip(1)))
-    assert capsys.readouterr().err == '6 images of test are in train as well, byte for byte.\n'
+    assert capsys.readouterr().err == '6 images of test are in train as well, as they are stored.\n'
 
 
 @pytest.mark.parametrize('given, said', [
@@ -559,7 +559,7 @@ def test_a_class_that_was_not_learned_is_asked_for():
 def test_classes_that_a_split_lacks_are_said(capsys):
     def lacks(*args, **given):
         dataset_splits(*args, **given)
-        return [line for line in capsys.readouterr().err.splitlines() if 'byte for byte' not in line]
+        return [line for line in capsys.readouterr().err.splitlines() if 'as they are stored' not in line]
     assert lacks(Made(), test=of(0, 1, 2)) == []
     middle = "No item of 'middle' is in the test split: its measures say nothing of them."
     assert lacks(Made(), test=of(0, 2)) == [middle]
