@@ -7,7 +7,8 @@ __all__ = ['PAIRS', 'CONTENDERS', 'Naive', 'PytorchTutorial', 'Torchdistill', 'L
            'take_turn', 'time_steps', 'bench_text', 'distill_nb_bench']
 
 # %% ../nbs/bench.ipynb #d1b49b24
-import copy, importlib.util, json, os, resource, statistics, subprocess, sys, time
+import copy, importlib.util, os, resource, statistics, subprocess, sys, time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from .files import must, progress_bar, whole, write_atomic
+from .doors import guard, must, whole
+from .files import from_json, locked, progress_bar, write_atomic
 from .data import CropFlip, ImageData
 from .sets import load_data
 from .models import count_macs
@@ -30,7 +32,7 @@ from .logits import Distill, check_teacher
 from .cache import CachedTeacher
 from .zoo import build_model, load_weights
 from .report import Result, as_json, head_of
-from .run import command_line
+from .run import check_room, command_line
 
 # %% ../nbs/bench.ipynb #ba0c66f7
 class _Pair(NamedTuple):
@@ -251,9 +253,10 @@ CONTENDERS = {
     'live': Live, 'cached': Cached, 'alone': Alone, 'teacher_forward': TeacherForward}
 
 # %% ../nbs/bench.ipynb #9c1b93e9
-def _wait(device):
-    "Wait until a GPU has done what it was told."
+def _now(device):
+    "Seconds, after a GPU has done what it was told."
     if device.type == 'cuda': torch.cuda.synchronize()
+    return time.perf_counter()
 
 def take_turn(
     contender, # With start, step and stop
@@ -261,14 +264,13 @@ def take_turn(
     device:torch.device, # Where it runs
 )->list: # Seconds of each step
     "Some steps of one contender."
+    whole('steps', steps, 1, 10**6)
     contender.start()
-    times = []
+    device, times = torch.device(device), []
     for i in range(2 + contender.ahead + steps):
-        _wait(device)
-        begin = time.perf_counter()
+        begin = _now(device)
         contender.step()
-        _wait(device)
-        times.append(time.perf_counter() - begin)
+        times.append(_now(device) - begin)
     contender.stop()
     return times[-steps:]
 
@@ -280,6 +282,9 @@ def time_steps(
     per_turn:int=5, # Steps that count in a turn
 )->dict: # {name: median seconds of a step}
     "Time contenders in turns."
+    for name, n in dict(steps=steps, per_turn=per_turn).items(): whole(name, n, 1, 10**6)
+    able = all(hasattr(c, 'step') for c in contenders.values())
+    must(contenders and able, 'contenders', contenders, 'values with start, step and stop, by name')
     times = {name: [] for name in contenders}
     sizes = [min(per_turn, steps - i) for i in range(0, steps, per_turn)]
     for size in progress_bar(sizes, desc='rounds'):
@@ -320,11 +325,9 @@ def _matmul_peak(device, precision, n=2048):
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(8):
-        _wait(device)
-        begin = time.perf_counter()
+        begin = _now(device)
         a @ b
-        _wait(device)
-        times.append(time.perf_counter() - begin)
+        times.append(_now(device) - begin)
     return 2*n**3/min(times)
 
 def _operations(work, asks):
@@ -368,8 +371,7 @@ def _naive_accuracy(work, valid, epochs):
     naive.start()
     begin = time.perf_counter()
     for _ in range(steps): naive.step()
-    _wait(work.device)
-    seconds = time.perf_counter() - begin
+    seconds = _now(work.device) - begin
     plain = valid.replace(mean=[0.]*valid.channels, std=[1.]*valid.channels)
     accuracy = evaluate(naive.student, plain.to(work.device)).accuracy
     return {'contender': 'naive', 'epochs': epochs, 'seconds': seconds, 'accuracy': accuracy}
@@ -382,8 +384,7 @@ def _fast_accuracy(work, valid, epochs):
     begin = time.perf_counter()
     if work.data.n_views < 10_000: teacher = CachedTeacher(teacher, work.data)
     fit(Distill(student, teacher), work.data, recipe, device=work.device.type)
-    _wait(work.device)
-    seconds = time.perf_counter() - begin
+    seconds = _now(work.device) - begin
     accuracy = evaluate(student, valid.to(work.device)).accuracy
     return {'contender': 'cached', 'epochs': epochs, 'seconds': seconds, 'accuracy': accuracy}
 
@@ -416,6 +417,7 @@ def _make_work(pair, batch_size, device, data=None, root='data', teacher_weights
     p = PAIRS[pair]
     B = p.batch_size if batch_size is None else batch_size
     whole('batch_size', B, 2)
+    check_room(B, p.channels, p.size)
     splits = None if data is None else load_data(data, root, p.size)
     train = _noise(p, 4*B) if splits is None else splits.train
     _check_images(pair, train, B, data)
@@ -448,9 +450,10 @@ def _check_out(out):
         raise ValueError('out must lie in a folder that can be written to, '
                          f'but {str(path.parent)!r} is none.')
     if not path.exists(): return path
-    try: before = json.loads(path.read_text())['command']
-    except (ValueError, KeyError, TypeError, OSError): before = ''
-    if not str(before).startswith('distill_nb_bench'):
+    try: before = from_json(path.read_bytes(), path)
+    except (ValueError, OSError): before = {}
+    made = before.get('command') if isinstance(before, dict) else ''
+    if not str(made).startswith('distill_nb_bench'):
         raise ValueError('out must be a new file or a result of this command, '
                          f'but {out!r} is something else.')
     return path
@@ -503,6 +506,8 @@ def bench_text(
     result:dict, # As distill_nb_bench returns it
 )->str:
     "A result as it is printed."
+    must({'rows', 'ratios', 'matmul_gflops'} <= set(result), 'result', result,
+         'one of this command')
     lines = [str(table(result['rows'], columns=_COLUMNS)), '']
     lines += [f'{name}: {value:.3f}' for name, value in result['ratios'].items()]
     lines += [f"teacher forward: {result['teacher_forward_ms']:.1f} ms"]
@@ -530,22 +535,33 @@ def _measure_steps(work, pair, steps):
 
 # %% ../nbs/bench.ipynb #e68b91ab
 def _run_bench(given):
-    "Check the options and measure: the result, and the file that it goes to."
+    "Check the options and measure."
     begin, o = time.perf_counter(), SimpleNamespace(**given)
-    whole('steps', o.steps, 1)
-    whole('to_accuracy', o.to_accuracy, 0)
+    whole('steps', o.steps, 1, 10**6)
+    whole('to_accuracy', o.to_accuracy, 0, 10_000)
+    for name in ('root', 'teacher_weights', 'data'):
+        must(getattr(o, name) != '', name, '', 'given, or left out')
     if o.to_accuracy and not (o.data and o.teacher_weights):
         raise ValueError('to_accuracy needs real images and a trained teacher: '
                          'give data and teacher_weights.')
-    where, device = _check_out(o.out), fit_device(o.device)
+    device = fit_device(o.device)
     work, splits = _make_work(o.pair, o.batch_size, device, o.data, o.root, o.teacher_weights)
     if o.to_accuracy: check_teacher(work.teacher, splits.valid)
     d, command = work.data, command_line(distill_nb_bench, given)
     about = o.data or f'noise, {d.channels}x{d.size}x{d.size}'
-    result = head_of(where.stem if where else o.pair, command, about, device, 1)
+    result = head_of(Path(o.out).stem if o.out else o.pair, command, about, device, 1)
     result |= _measure_steps(work, o.pair, o.steps)
     result['to_accuracy'] = _race(work, splits.valid, o.to_accuracy) if o.to_accuracy else []
-    return result | {'seconds': time.perf_counter() - begin}, where
+    return result | {'seconds': time.perf_counter() - begin}
+
+# %% ../nbs/bench.ipynb #f4f00006
+def _bench_into(out, given):
+    "The same with the file of the result, if there is one, for this process alone."
+    where = _check_out(out)
+    with locked(where, 'out', is_file=True) if where else nullcontext():
+        result = _run_bench(given)
+        if where: write_atomic(where, as_json(result))
+    return result
 
 # %% ../nbs/bench.ipynb #b9d068ae
 def distill_nb_bench(
@@ -563,7 +579,9 @@ def distill_nb_bench(
     out:str=None, # File for the result, ending in .json
 )->dict: # The result
     "Time training steps of the naive loop, of other libraries and of ours, in turns."
-    result, where = _run_bench(locals())
+    result = _bench_into(out, locals())
     print(bench_text(result))
-    if where: write_atomic(where, as_json(result))
     return Result(result)
+
+# %% ../nbs/bench.ipynb #ddbench0
+guard(globals())

@@ -7,7 +7,7 @@ __all__ = ['CachedTeacher']
 
 # %% ../nbs/06_cache.ipynb #f13b31ff
 import hashlib, json, math, os, warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,12 +16,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .files import free_bytes, must, number, progress_bar, whole
+from .doors import guard, must, number, reason, whole
+from .files import free_bytes, progress_bar
 from .losses import TopK, check_temperature, top_k
-from .data import Batch, mix
+from .data import Batch, Data, mix
 from .models import human
-from .training import (PRECISIONS, Teacher, as_given, best_precision, check_classes,
-                                 fit_device, placed, setup_of, teacher_of)
+from .ranks import agreed, from_each, gathered, watched, world
+from .training import (PRECISIONS, Teacher, as_given, best_precision, check_answers,
+                                 check_classes, fit_device, placed, setup_of, teacher_of)
 
 # %% ../nbs/06_cache.ipynb #0e90b47e
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class _Form:
 
     def __post_init__(self):
         known = 'float16', 'bfloat16', 'float32'
-        must(self.dtype in known, 'dtype', self.dtype, "'float16', 'bfloat16' or 'float32'")
+        must(isinstance(self.dtype, str) and self.dtype in known, 'dtype', self.dtype,
+             "'float16', 'bfloat16' or 'float32'")
         fits = isinstance(self.top, int) and 1 <= number(self.top) < self.classes
-        must(self.top is None or fits, 'top', self.top,
-             f'from 1 to {self.classes - 1}, one less than there are classes, or None')
+        must(self.top is None or fits, 'top', self.top, f'a whole number from 1 to '
+             f'{self.classes - 1}, one less than there are classes, or None')
         check_temperature(self.temperature)
 
 # %% ../nbs/06_cache.ipynb #6607a533
@@ -73,7 +76,7 @@ def unpack(self:_Form, records):
     items = math.prod(self.lead)
     n, tails = items*self.top*dtype.itemsize//2, 2*items
     parts = records[:, :n], records[:, n:-tails], records[:, -tails:]
-    best, place, tail = (t.contiguous() for t in parts)
+    best, place, tail = (t.clone(memory_format=torch.contiguous_format) for t in parts)
     place = place.view(torch.int16 if self.classes <= 2**15 else torch.int32).long()
     whole = best.view(dtype).float(), place, tail.view(torch.float32)
     return TopK(*(t.view(shape) for t in whole))
@@ -121,14 +124,15 @@ def _read_head(path, about):
     "Raise a `ValueError` unless the file of answers was made from `about`."
     with open(path, 'rb') as f: text = f.read(_HEAD)
     try: found = dict(json.loads(text))
-    except (ValueError, TypeError): found = None
+    except (ValueError, TypeError, RecursionError): found = None
     if found is None or len(text) < _HEAD:
         raise ValueError(f'{str(path)!r} is damaged or is no file of answers: its first page '
                          'cannot be read. Remove it, or give another path.')
     for k, now in about.items():
         if found.get(k) != now:
-            raise ValueError(f'{str(path)!r} was made from another {k}: it names {found.get(k)}, '
-                             f'and this run has {now}. Give another path.')
+            raise ValueError(f'{str(path)!r} was made from another {k}: it names '
+                             f'{found.get(k)!s:.200}, and this run has {now}. '
+                             'Give another path.')
 
 # %% ../nbs/06_cache.ipynb #a09752d9
 def _map_file(path, about, shape):
@@ -151,21 +155,17 @@ def _map_file(path, about, shape):
 # %% ../nbs/06_cache.ipynb #e2191084
 class _Answers:
     "A teacher's answers by row, in memory or in a file."
+    asked_on = torch.device('cpu')  # where the last questions came from
+
     def __init__(self, rows, form, path=None, about=None):
-        self.form, self.shared, shape = form, path is not None, (rows, form.words + 2)
+        self.form, self.about, self.shared = form, about, path is not None
+        shape = rows, form.words + 2
         if self.shared: self.store = _map_file(path, about, shape)
         else: self.store = torch.zeros(shape, dtype=torch.int16)
         self.table, self.known, self.left = self.store, torch.zeros(rows, dtype=torch.bool), rows
-        parts = torch.arange(rows).split(max(1, 2**23//form.words)) if self.shared else ()
-        if damaged := sum(map(self.look, parts)):
+        if damaged := self.look_again():
             warnings.warn(f'{str(path)!r} is damaged in {damaged:,} of its answers: '
                           'the teacher will be asked again.', stacklevel=2)
-
-    def to(self, device):
-        "Copy the table to where the questions come from."
-        if self.table.device == device: return self
-        self.table, self.known = self.store.to(device), self.known.to(device)
-        return self
 
 # %% ../nbs/06_cache.ipynb #ef23eaa7
 @patch
@@ -178,6 +178,18 @@ def look(self:_Answers, rows):
     good = written & (_checksum(records[:, :-2], rows) == records[:, -2:]).all(1)
     self._note(rows[good], records[good])
     return int((written & ~good).sum())
+
+# %% ../nbs/06_cache.ipynb #b2b00008
+@patch
+def _portions(self:_Answers, rows):
+    "Rows in portions whose records take little memory."
+    return rows.split(max(1, 2**23//self.form.words))
+
+@patch
+def look_again(self:_Answers):
+    "The same with all rows that are not known, if another process can have written."
+    unknown = (~self.known).nonzero()[:, 0] if self.shared else self.known[:0].long()
+    return sum(map(self.look, self._portions(unknown)))
 
 # %% ../nbs/06_cache.ipynb #55cf5a77
 @patch
@@ -193,9 +205,10 @@ def _note(self:_Answers, rows, records):
 @patch
 def missing(self:_Answers, rows):
     "Which rows have no answer yet, as bool."
-    unknown = ~self.known[rows]
-    if self.shared and unknown.any(): self.look(rows[unknown])
-    return ~self.known[rows]
+    at = rows.to(self.known.device)
+    unknown = ~self.known[at]
+    if self.shared and unknown.any(): self.look(at[unknown])
+    return (~self.known[at]).to(rows.device)
 
 # %% ../nbs/06_cache.ipynb #68292729
 @patch
@@ -211,8 +224,45 @@ def write(self:_Answers,
 
 @patch
 def read(self:_Answers, rows):
-    "The answers of known rows, unpacked."
-    return self.form.unpack(self.table[rows][:, :-2])
+    "The answers of known rows, unpacked, where the rows are."
+    records = self.table[rows.to(self.table.device)][:, :-2]
+    return self.form.unpack(records.to(rows.device))
+
+# %% ../nbs/06_cache.ipynb #b2b00002
+_SHARE = 1/4  # of the free memory of a device: a larger table of answers stays where it is
+
+def _free_on(device):
+    "Bytes that are free on a device; infinitely many where nobody can tell."
+    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else math.inf
+
+@patch
+def to(self:_Answers, device):
+    "Copy the table to where the questions come from, if it is small there."
+    if device in (self.asked_on, self.table.device): return self
+    small = self.store.nbytes <= _SHARE*_free_on(device)
+    table = self.store.to(device) if small else self.store
+    self.table, self.known = table, self.known.to(table.device)
+    self.asked_on = device
+    return self
+
+# %% ../nbs/06_cache.ipynb #b2b00005
+def _folder(path):
+    "The folder that a path names, as it need not exist yet; a `ValueError` if it can be none."
+    if path is None: return
+    fits = isinstance(path, (str, Path)) and bool(str(path)) and '\0' not in str(path)
+    must(fits, 'path', path, 'a folder, or None')
+    try:
+        folder = Path(os.fsdecode(os.fsencode(path))).expanduser().absolute()
+        must(folder.is_dir() or not folder.exists(), 'path', str(folder), 'a folder')
+    except (OSError, RuntimeError, UnicodeError) as e:
+        why = getattr(e, 'strerror', None) or reason(e)
+        raise ValueError('path must be a folder that can be opened, but is '
+                         f'{str(path)!r:.200}: {why}.') from e
+    return folder
+
+def _plain(value):
+    "A number of NumPy as one of Python, which JSON can hold."
+    return value.item() if isinstance(value, np.generic) else value
 
 # %% ../nbs/06_cache.ipynb #b74520b0
 class CachedTeacher(Teacher):
@@ -221,7 +271,7 @@ class CachedTeacher(Teacher):
 
     def __init__(self,
         teacher:nn.Module, # Maps inputs to logits (B, ..., C); or a Teacher, with its contract
-        data, # Any data set: the items that it will be asked about, and their views
+        data:Data, # Any data set: the items that it will be asked about, and their views
         path:str|Path|None=None, # Folder for files of answers, of many teachers; None: in memory
         dtype:str='float16', # In which logits are kept: 'float16', 'bfloat16' or 'float32'
         top:int|None=None, # Keep this many logits and one bucket for the others, for many classes
@@ -230,7 +280,7 @@ class CachedTeacher(Teacher):
         teacher = teacher_of(teacher)
         super().__init__(teacher.model, **teacher.contract)
         self.data, self._home = data, (data, self.own(data), self.class_order(data))
-        self._path = None if path is None else Path(path).expanduser().absolute()
+        self._path = _folder(path)
         self._tables, self._weights, self._count = {}, None, {'asked': 0, 'answered': 0}
         self.leave()
         self._begin(dtype, top, temperature)
@@ -252,7 +302,8 @@ def _begin(self:CachedTeacher, dtype, top, temperature):
     one = torch.zeros(1, dtype=torch.long, device=self.data.device)
     y = self.data.get(one, one).y
     lead = tuple(y.shape[1:-1] if y.is_floating_point() else y.shape[1:])
-    self.form = _Form(len(self.data.classes), dtype, top, temperature, lead)
+    form = (_plain(value) for value in (dtype, top, temperature))
+    self.form = _Form(len(self.data.classes), *form, lead)
     self._check_room()
 
 # %% ../nbs/06_cache.ipynb #a08da19f
@@ -283,7 +334,6 @@ def _check_room(self:CachedTeacher):
     "Raise a `ValueError` if the answers can't be kept."
     import shutil
     path, free, need = self._path, free_bytes(), self.nbytes
-    must(path is None or path.is_dir() or not path.exists(), 'path', str(path), 'a folder')
     place = path and next((p for p in (path, *path.parents) if p.exists()), None)
     if place:
         there = sum(f.stat().st_size for f in path.glob('*.answers'))
@@ -312,14 +362,19 @@ def _table(self:CachedTeacher, device, kinds):
 
 # %% ../nbs/06_cache.ipynb #f9a2645a
 @patch
-def _open(self:CachedTeacher, precision):
-    "The answers in a precision: from the file, or none yet."
+def _about(self:CachedTeacher, precision):
+    "What decides the answers in a precision."
     data, own, order = self._home
     form = {k: v for k, v in asdict(self.form).items() if k != 'temperature' or self.form.top}
     kept = None if order is None else hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
-    about = {'format': 3, 'teacher': self._weights[1], 'data': own.fingerprint(labels=False),
-             'items': len(data), 'choice of classes': kept, 'precision': precision,
-             'form': form | {'lead': list(self.form.lead)}}
+    return {'format': 3, 'teacher': self._weights[1], 'data': own.fingerprint(labels=False),
+            'items': len(data), 'choice of classes': kept, 'precision': precision,
+            'form': form | {'lead': list(self.form.lead)}}
+
+@patch
+def _open(self:CachedTeacher, precision):
+    "The answers in a precision: from the file, or none yet."
+    about = self._about(precision)
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16] + '.answers'
     return _Answers(self.rows, self.form, self._path and self._path/name, about)
 
@@ -359,7 +414,7 @@ def forward(self:CachedTeacher,
     table, rows, outside = self._rows(batch)
     self._count['answered'] += len(rows)
     look, self._look = self._look > 0, max(0, self._look - 1)
-    if self._promised and not (look or table.left) and batch.x.device.type != 'cpu':
+    if self._promised and not (look or table.left) and table.table.device.type != 'cpu':
         first, *_ = _tensors(answers := table.read(rows))  # without waiting for the device
         first.masked_fill_(_beside(outside, first), math.nan)
         return answers
@@ -444,7 +499,7 @@ def extra_repr(self:CachedTeacher):
 # %% ../nbs/06_cache.ipynb #064f1dbd
 @patch
 def check(self:CachedTeacher,
-    data, # The training set
+    data:Data, # The training set
 ):
     "Raise a `ValueError` unless the answers are for these items and these views."
     own = self._own if data is self._data else self.own(data)
@@ -475,18 +530,19 @@ def fill(self:CachedTeacher,
     precision:str='auto', # As in the recipe that will follow
     **setup, # Fields of Setup, of which device and progress count here
 )->'CachedTeacher': # Itself
-    "Ask the teacher for everything that is still missing."
-    setup = setup_of(setup)
-    device = fit_device(setup.device)
-    must(precision in PRECISIONS, 'precision', precision, 'one of ' + ', '.join(PRECISIONS))
+    "Ask the teacher for everything that is still missing; of several processes each asks a share."
+    setup, known = setup_of(setup), isinstance(precision, str) and precision in PRECISIONS
+    must(known, 'precision', precision, 'one of ' + ', '.join(PRECISIONS))
     whole('batch_size', batch_size)
+    device = fit_device(setup.device)
     precision = best_precision(device) if precision == 'auto' else precision
     half = precision != 'float32'
     cast = torch.autocast(device.type, getattr(torch, precision), enabled=half)
-    bar = progress_bar(total=self.rows, desc='fill', unit=' answers', disable=not setup.progress)
-    with placed(self, device), self._in_its_own_form(device) as own, cast, bar:
-        for batch in own.stream(self._open_questions(batch_size, device, bar)):
-            self._complete(own.arranged(batch, half))
+    with watched(), placed(self, device), self._in_its_own_form(device) as own, cast:
+        table, unknown = self._agree(device, batch_size)
+        with closing(self._open_questions(table, unknown, batch_size, setup.progress)) as plan:
+            for batch in own.stream(plan): self._complete(own.arranged(batch, half))
+        self._finish(table)
     return self
 
 # %% ../nbs/06_cache.ipynb #a62c07cf
@@ -499,14 +555,55 @@ def _in_its_own_form(self:CachedTeacher, device):
     finally: self.leave()
 
 @patch
-def _open_questions(self:CachedTeacher, batch_size, device, bar):
-    "Yield (index, view) of all batches in which something is missing."
-    table, index = self._table(device, [device.type]), torch.arange(len(self.data), device=device)
+def _batches_of_rows(self:CachedTeacher, batch_size):
+    "Yield (index, number of the view, rows) of all batches, in order."
+    index = torch.arange(len(self.data))
     for number in range(self.data.n_views):
-        for some in index.split(batch_size):
-            if table.left and table.missing(number*len(index) + some).any():
-                yield some, self.data.view_at(some, torch.full_like(some, number))
-            bar.update(len(some))
+        for some in index.split(min(batch_size, len(index))):
+            yield some, torch.full_like(some, number), number*len(index) + some
+
+# %% ../nbs/06_cache.ipynb #b2b00004
+@patch
+def share(self:_Answers):
+    "Let every process of the run know what one of them knows; which rows does none? (rows,) bool."
+    rank, size = world()
+    from_each(None)  # until all have written what they asked
+    self.look_again()
+    if size == 1: return ~self.known.cpu()
+    known = torch.stack(gathered(self.known.cpu()))  # (size, rows)
+    some, teller = known.any(0), known.byte().argmax(0)
+    for rows in self._portions((some & ~known.all(0)).nonzero()[:, 0]):
+        rows = rows[teller[rows].argsort(stable=True)]  # in the order in which they are told
+        told = torch.cat(gathered(self.store[rows[teller[rows] == rank]][:, :-2]))
+        lacking = ~self.known.cpu()[rows]
+        self.write(rows[lacking], told[lacking])
+    return ~some
+
+# %% ../nbs/06_cache.ipynb #b2b0000a
+@patch
+def _agree(self:CachedTeacher, device, batch_size):
+    "The table, and which rows no process knows; all must be about to fill the same."
+    table = self._table(device, [device.type])
+    agreed(table.about | {'views': self.data.n_views, 'batch_size': batch_size})
+    return table, table.share()
+
+# %% ../nbs/06_cache.ipynb #b2b0000d
+_ROUND = 16  # batches that a process asks before it waits for the others
+
+@patch
+def _open_questions(self:CachedTeacher, table, unknown, batch_size, progress):
+    "Yield (index, view) of the batches in which this process has something to ask."
+    (rank, size), turn, device = world(), 0, self._own.device
+    hidden = rank > 0 or not progress
+    with progress_bar(total=self.rows, desc='fill', unit=' answers', disable=hidden) as bar:
+        for index, number, rows in self._batches_of_rows(batch_size):
+            if unknown[rows].any():
+                if turn % size == rank and table.missing(rows).any():
+                    there = index.to(device)
+                    yield there, self.data.view_at(there, number.to(device))
+                turn += 1
+                if turn % (size*_ROUND) == 0: from_each(None)
+            bar.update(len(rows))
 
 # %% ../nbs/06_cache.ipynb #34a803cf
 @patch
@@ -514,4 +611,17 @@ def _complete(self:CachedTeacher, batch):
     "Ask what is missing about these items, which are the data set's own."
     table, rows, outside = self._rows(batch)
     self._count['answered'] += len(rows)
-    self._answer(batch, table, rows, table.missing(rows), outside)
+    first, *_ = _tensors(self._answer(batch, table, rows, table.missing(rows), outside))
+    check_answers(first, None, 'the teacher', batch.weight)
+
+@patch
+def _finish(self:CachedTeacher, table):
+    "Tell the other processes what this one asked, and the user what was not kept."
+    table.share()
+    if table.left and world()[0] == 0:
+        warnings.warn(f'{table.left:,} of {self.rows:,} answers are not kept, since '
+                      f'{self.form.dtype} cannot hold them: the teacher will be asked for them '
+                      "each time. dtype='float32' holds all.", stacklevel=3)
+
+# %% ../nbs/06_cache.ipynb #dd06cach
+guard(globals())

@@ -7,32 +7,55 @@ __all__ = ['distill_nb', 'distill_nb_predict', 'distill_nb_data_free', 'command_
            'main_data_free', 'main_bench']
 
 # %% ../nbs/cli.ipynb #466baad6
-import argparse, os, shutil, sys, time, warnings
+import argparse, os, shlex, shutil, signal, sys, threading, time, warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from fastcore.script import anno_parser
 
 from .images import HIDDEN, list_images
 from .data_free import DATA_FREE
 from .training import fit_device
 from .inference import open_student, write_predictions
-from .run import (FreeOptions, Options, command_line, free_folder, kept_if_worth,
-                            prepare, prepare_free, run_free, run_job)
+from .run import (FreeOptions, Options, command_line, free_folder, in_folder, prepare,
+                            prepare_free, run_free, run_job)
 from .bench import distill_nb_bench
 
 # %% ../nbs/cli.ipynb #2d18898e
+@contextmanager
+def _folder(name, options):
+    "Within it a run has --out to itself, or else the first folder that nobody took."
+    with ExitStack() as stack:
+        while True:
+            folder = Path(options.out) if options.out else free_folder(name)
+            try: stack.enter_context(in_folder(folder, options))
+            except ValueError:
+                if options.out or not folder.exists(): raise  # else another run was faster
+            else: break
+        yield folder
+
+# %% ../nbs/cli.ipynb #f4f00005
+def _promise(e, out, where):
+    "Let what ended a command take along how it goes on."
+    e.promise = f'; with --out {shlex.quote(str(out))} --resume it continues {where}'
+
 def _run(function, name, options, prepare, run):
     "Check everything, then run it in its folder."
-    start = time.perf_counter()
-    folder = Path(options.out) if options.out else free_folder(name)
-    job = prepare(options, folder)
-    command = command_line(function, asdict(options), out=str(folder))
-    with kept_if_worth(folder): return run(job, command, start)
+    start, job = time.perf_counter(), None
+    try:
+        with _folder(name, options) as folder:
+            job = prepare(options, folder)
+            command = command_line(function, asdict(options), out=str(folder))
+            return run(job, command, start)
+    except BaseException as e:
+        if job and (folder/'recipe.json').is_file():
+            _promise(e, folder, 'from its last checkpoint, and they are at least 30 s apart')
+        raise
 
 # %% ../nbs/cli.ipynb #4d3ca31e
 def distill_nb(
@@ -103,12 +126,20 @@ def distill_nb(
     tables, curves, weights and a report."""
     return _run(distill_nb, data, Options(**locals()), prepare, run_job)
 
+# %% ../nbs/cli.ipynb #c2c00024
+@contextmanager
+def _continued(out):
+    "Let what ends it take along how the table goes on, if a file of it was begun."
+    try: yield
+    except BaseException as e:
+        if out and Path(f'{out}.partial').is_file():
+            _promise(e, out, 'behind the rows that are there')
+        raise
+
 # %% ../nbs/cli.ipynb #5e1d0c04
 def distill_nb_predict(
     images:str, # Image files, and folders with images in them
-    # File of the student: student.safetensors of a run, or another that names classes,
-    # normalisation and size
-    student:str=None,
+    student:str=None, # Its file: student.safetensors of a run, or another that says as much
     # The student's network, where the file does not name it or names source code: a name or
     # FILE.py:FUNCTION
     architecture:str=None,
@@ -121,7 +152,8 @@ def distill_nb_predict(
     "Name the classes of images, as a table of path, class, probability and error."
     network, form = open_student(student, architecture)
     network.to(fit_device(device))
-    bad, n = write_predictions(network, images, form, top, batch_size, out, resume)
+    with _continued(out):
+        bad, n = write_predictions(network, images, form, top, batch_size, out, resume)
     _say_left_out(images, bad, n)
     return bad
 
@@ -176,6 +208,10 @@ class _Several(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), *values])
 
+def _leave_out(parser, action):
+    parser._remove_action(action)
+    for option in action.option_strings: del parser._option_string_actions[option]
+
 def _take_several(action): action.__class__, action.nargs, action.type = _Several, '+', str
 
 # %% ../nbs/cli.ipynb #a55d6ab5
@@ -184,62 +220,124 @@ def command_parser(
 )->argparse.ArgumentParser:
     "What reads the arguments of a command; a wrong one is a single line and exit code 2."
     parser = anno_parser(function, prog=function.__name__)
+    parser.allow_abbrev = False
     width = min(85, shutil.get_terminal_size().columns)
     parser.formatter_class = partial(argparse.HelpFormatter, width=width, max_help_position=24)
-    for action in parser._actions:
+    for action in [*parser._actions]:
+        if action.dest in ('pdb', 'xtra'): _leave_out(parser, action)  # of fastcore
         if not action.option_strings: action.nargs = '+'  # what has no name may be several
         if action.type is list: _take_several(action)
-    parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
+    parser.error = lambda message: parser.exit(_say(parser.prog, message) or 2)
     return parser
 
-def _is_defect(e):
-    "A `RuntimeError` is one, unless memory was lacking."
-    lacking = isinstance(e, torch.OutOfMemoryError) or 'allocate' in str(e)
-    return isinstance(e, RuntimeError) and not lacking
+def _say(name, text):
+    "Print a line of the command `name`, if anybody listens."
+    with suppress(OSError): print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+
+# %% ../nbs/cli.ipynb #c2c00021
+def _on_its_way(e):
+    "Is an interruption being handled, perhaps with another error within?"
+    return e is not None and (isinstance(e, KeyboardInterrupt) or _on_its_way(e.__context__))
+
+class _Signals:
+    "Within it, signals that ask the process to end raise `KeyboardInterrupt`."
+    def __init__(self): self.pid, self.number, self.at, self.before = os.getpid(), 0, 0., {}
+
+    def __call__(self, number, frame):
+        if os.getpid() != self.pid: os._exit(0)  # a process that reads images
+        if not self.number: self.begin(number)
+        elif _on_its_way(sys.exc_info()[1]) and time.monotonic() < self.at + 30: return
+        raise KeyboardInterrupt
+
+    def begin(self, number):
+        self.number, self.at = number, time.monotonic()
+        if not hasattr(signal, 'SIGALRM'): return  # as on Windows
+        self.take(signal.SIGCHLD, lambda *_: None)  # a reader that has ended is no error then
+        self.take(signal.SIGALRM, self)
+        signal.setitimer(signal.ITIMER_REAL, 2, 2)
+
+# %% ../nbs/cli.ipynb #c2c00025
+@patch
+def take(self:_Signals, number, handler):
+    "Deal with a signal in another way until the end."
+    before = signal.signal(number, handler)
+    self.before.setdefault(number, before or signal.SIG_DFL)
+
+@patch
+def __enter__(self:_Signals):
+    if threading.current_thread() is not threading.main_thread(): return
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN: self.take(number, self)
+
+@patch
+def __exit__(self:_Signals, *_):
+    if self.number and hasattr(signal, 'SIGALRM'): signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in self.before.items(): signal.signal(number, handler)
 
 # %% ../nbs/cli.ipynb #cbf60741
 @contextmanager
-def _on_a_terminal(name):
+def _on_a_terminal(name, signals):
     "Warnings as lines of the command `name`, and output that never fails for a letter."
     from tqdm import tqdm
     def warn(message, *_, **__): tqdm.write(f'{name}: {message}', file=sys.stderr)
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace')
+    lost, before = lambda found: signals.number or before(found), sys.unraisablehook
     with warnings.catch_warnings():
-        warnings.showwarning = warn
-        yield
+        warnings.showwarning, sys.unraisablehook = warn, lost
+        try: yield
+        finally: sys.unraisablehook = before
 
-def _enough():
-    "The code of a command whose output nobody reads any more, as behind `| head`."
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
+def _unheard(code):
+    "The code of a command to whose output nobody listens any more."
+    for stream in (sys.stdout, sys.stderr):
+        try: stream.flush()
+        except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 # %% ../nbs/cli.ipynb #88afb078
 def run_command(
     function, # A function whose parameters are the options
     argv:list|None=None, # Arguments; None: those of the process
-)->int: # Exit code: 0; 1 if images could not be read; 2: bad input; 130: Ctrl-C; 141: closed pipe
+)->int: # Exit code, as in the table
     "Run a function as a command."
-    name, args = function.__name__, vars(command_parser(function).parse_args(argv))
-    given = {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}
-    def say(text): print(f'{name}: {text}', file=sys.stderr)
+    name, signals = function.__name__, _Signals()
     try:
-        with _on_a_terminal(name): found = function(**given)
-    except BrokenPipeError: return _enough()
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        if _is_defect(e): raise
-        say(' '.join(str(e).split()) or type(e).__name__)
-        return 2
-    except KeyboardInterrupt:
-        say('interrupted' + _CONTINUE.get(name, ''))
-        return 130
+        with signals, _on_a_terminal(name, signals):
+            given = vars(command_parser(function).parse_args(argv))
+            _check_alone(name)
+            found = function(**given)
+    except BaseException as e:
+        code, said = _end(e, signals.number)
+        if not code: raise
+        if said: _say(name, said)
+        return _unheard(code)
     return int(isinstance(found, int) and found > 0)
 
 # %% ../nbs/cli.ipynb #5e1d0c09
-_FROM = ('; with --out FOLDER --resume it continues from its last checkpoint, '
-         'and they are about 30 s apart')
-_CONTINUE = {
-    'distill_nb': _FROM, 'distill_nb_data_free': _FROM,
-    'distill_nb_predict': '; with --out FILE --resume it continues behind the rows that are there'}
+def _end(e, number):
+    "Exit code and words for what ended a command, a signal or else an error; code 0: a defect."
+    if number or isinstance(e, KeyboardInterrupt):
+        number = number or signal.SIGINT
+        by = 'interrupted' if number == signal.SIGINT else f'ended by {signal.Signals(number).name}'
+        return 128 + number, by + getattr(e, 'promise', '')
+    if isinstance(e, BrokenPipeError): return 141, ''
+    return (2, str(e) or type(e).__name__) if _is_known(e) else (0, '')
+
+def _is_known(e):
+    "Is it what options, files or the machine bring about? Of a `RuntimeError`, its words say so."
+    lacking = isinstance(e, torch.OutOfMemoryError)
+    if isinstance(e, RuntimeError) and not lacking:
+        return any(words in str(e) for words in ('allocate', 'DataLoader worker'))
+    return isinstance(e, (ValueError, OSError, MemoryError)) or lacking
+
+# %% ../nbs/cli.ipynb #c2c00023
+def _check_alone(name):
+    "Refuse to be one of several processes."
+    n = os.environ.get('WORLD_SIZE', '1')
+    if 'RANK' not in os.environ or n == '1': return
+    raise ValueError(f'{name} must be started as one process, but the launcher started {n} '
+                     '(WORLD_SIZE). To train on several GPUs call fit from a program of your own.')
 
 # %% ../nbs/cli.ipynb #416b1528
 def main():

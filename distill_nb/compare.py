@@ -7,26 +7,31 @@ __all__ = ['interval', 'share_interval', 'agreement', 'Contender', 'Comparison',
 
 # %% ../nbs/compare.ipynb #d381db1e
 import math, re, statistics, warnings, weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .files import fingerprint, must, progress_bar, whole
+from .doors import guard, must, plain, whole
+from .files import fingerprint, progress_bar
 from .losses import check_logits
-from .data import Measure, check_data
+from .data import Data, Measure, check_data
 from .training import (DivergedError, Recipe, evaluate, fit, fit_device, placed,
                                  setup_of)
 
 # %% ../nbs/compare.ipynb #6a2890fc
 def interval(
-    values, # One measurement per seed
+    values:list, # One measurement per seed
 )->tuple: # Mean, and the interval's ends [low, high]; None in their place for fewer than two values
     "Mean and 95 % interval of a mean, by Student's t distribution."
     from scipy.stats import t
-    v = [float(value) for value in values]
+    v = list(values)
+    must(v and all(isinstance(one, Real) for one in v), 'values', v, 'one number or more')
+    v = [float(one) for one in v]
     mean = statistics.mean(v)
     if len(v) < 2: return mean, None
     half = float(t.ppf(0.975, len(v) - 1)) * statistics.stdev(v) / math.sqrt(len(v))
@@ -39,6 +44,8 @@ def share_interval(
 )->list: # The interval's ends [low, high]
     "The 95 % interval of a share, Wilson 1927."
     from scipy.stats import binomtest
+    whole('n', n)
+    whole('right', right, 0, n)
     ends = binomtest(right, n).proportion_ci(method='wilson')
     return [float(ends.low), float(ends.high)]
 
@@ -46,6 +53,20 @@ def share_interval(
 def _share_of(same, there=None): # What is True among the places that are there
     return (same if there is None else same[there]).double().mean().item()
 
+def _check_places(weight, shape):
+    "Refuse weights of other places than those of the logits."
+    if weight is None: return
+    fits = weight.shape == shape and not weight.is_complex()
+    must(fits, 'weight', f'{weight.dtype} of shape {tuple(weight.shape)}',
+         f'a real number for each place, of shape {tuple(shape)}')
+
+def _choices(name, logits, there):
+    "The class chosen at each place that is there."
+    if there is not None: logits = logits[there]
+    if logits.isnan().any(): raise ValueError(f'{name} must be numbers, but some are NaN.')
+    return logits.argmax(-1)
+
+# %% ../nbs/compare.ipynb #f3f00003
 def agreement(
     student_logits:Tensor, # Raw scores, shape (..., C)
     teacher_logits:Tensor, # Raw scores, shape (..., C)
@@ -53,16 +74,18 @@ def agreement(
 )->float: # Between 0 and 1
     "Share of places on which both choose the same class."
     check_logits(student_logits, teacher_logits)
-    same = student_logits.argmax(-1) == teacher_logits.argmax(-1)
-    return _share_of(same, None if weight is None else weight > 0)
+    _check_places(weight, student_logits.shape[:-1])
+    there = None if weight is None else weight > 0
+    own = _choices('student_logits', student_logits, there)
+    return _share_of(own == _choices('teacher_logits', teacher_logits, there))
 
 # %% ../nbs/compare.ipynb #02870342
 class Contender(NamedTuple):
     "A way to train a student, for a comparison."
-    make: object            # Function from a student to an objective
-    data: object            # The training set
-    recipe: object = None   # Of its own, but for keep, patience and rows; None: the comparison's
-    before: object = None   # Trains what make needs, and gives it to make behind the student
+    make: Callable               # Function from a student to an objective
+    data: object                 # The training set: a data set, which compare checks
+    recipe: Recipe|None = None   # Of its own, but for keep, patience and rows; None: that of all
+    before: Callable|None = None # Trains what make needs, and gives it to make behind the student
 
     def objective(self,
         student:nn.Module, # New
@@ -75,7 +98,7 @@ class Contender(NamedTuple):
 class Comparison:
     "What `compare` measured: a dict for each run, and of each contender a history and a student."
     runs: list # A dict for each run: model, seed, seconds and what was measured
-    baseline: str # The contender that the others are compared with
+    baseline: object # The contender that the others are compared with
     primary: Measure # What they are compared by
     histories: dict = field(default_factory=dict) # {name: History}, of the first seed
     students: dict = field(default_factory=dict) # {name: (value on the validation split, student)}
@@ -110,7 +133,7 @@ def label(self:Comparison,
 # %% ../nbs/compare.ipynb #887037f3
 @patch
 def values(self:Comparison,
-    name:str, # A contender
+    name:object, # A contender
     measure:str, # A key of the runs
 )->list:
     "One value for each seed, in the order of the seeds, so that two contenders are paired."
@@ -175,7 +198,9 @@ def _keep(self:Comparison, name, seed, student, history, measured):
 
 # %% ../nbs/compare.ipynb #a624b04a
 def _check_seeds(seeds):
+    seeds = plain(seeds)
     number = isinstance(seeds, int) and not isinstance(seeds, bool)
+    if number: whole('seeds', seeds, 1, 10_000)  # which are listed
     found = list(range(seeds)) if number else list(seeds) if hasattr(seeds, '__iter__') else []
     if not found:
         raise ValueError('seeds must be a whole number of at least 1, or some seeds, '
@@ -218,12 +243,26 @@ def _check_start(self:_Fresh, start, seed):
 # %% ../nbs/compare.ipynb #1302ad34
 def _trials(make_student, contenders, seeds, progress):
     "Yield seed, name and a new student for each seed and each contender."
+    must(not isinstance(make_student, nn.Module), 'make_student', type(make_student).__name__,
+         'a function that makes a new network, such as lambda: copy.deepcopy(network)')
     todo, fresh = [(s, name) for s in seeds for name in contenders], _Fresh()
     for seed, name in progress_bar(todo, desc='compare', unit='run', disable=not progress):
         torch.manual_seed(seed)
         student = make_student()
+        must(isinstance(student, nn.Module), 'what make_student gives', student,
+             'a network (nn.Module)')
         fresh.check(student, seed)
         yield seed, name, student
+
+# %% ../nbs/compare.ipynb #f3f00002
+def _objective(contender, student, name):
+    "What trains the student, unless it trains something else."
+    made, own = contender.objective(student), {id(p) for p in student.parameters()}
+    trains = isinstance(made, nn.Module) and any(
+        id(p) in own for p in made.parameters() if p.requires_grad)
+    must(trains, f'what make of {name!r} gives', type(made).__name__,
+         'an objective that trains the student that make was given')
+    return made
 
 # %% ../nbs/compare.ipynb #79535def
 def _in_steps(recipe, contenders):
@@ -238,7 +277,7 @@ def _train(self:Contender, student, recipe, valid, setup, trial):
     own, setup = self.recipe or recipe, setup.inside(f'{name}-{seed}')
     own = replace(own, seed=seed, keep=recipe.keep, patience=recipe.patience,
                   rows=recipe.rows or own.rows)
-    try: return fit(self.objective(student), self.data, own, valid, setup=setup)
+    try: return fit(_objective(self, student, name), self.data, own, valid, setup=setup)
     except DivergedError as e: raise DivergedError(f'{name}, seed {seed}: {e}') from e
 
 # %% ../nbs/compare.ipynb #2aedc0ac
@@ -269,18 +308,21 @@ def _check_contenders(contenders, name='contenders'):
             raise ValueError(f'{name} must be values of Contender, '
                              f'but {label!r} is a {type(c).__name__}.')
         check_data(c.data, f'data of {label!r}')
-        must(callable(c.make), f'make of {label!r}', c.make, 'a function from a student')
-        must(c.recipe is None or isinstance(c.recipe, Recipe), f'recipe of {label!r}', c.recipe,
-             'a Recipe or None')
-        must(c.before is None or callable(c.before), f'before of {label!r}', c.before,
-             'a function without arguments, or None')
+
+# %% ../nbs/compare.ipynb #d3d00022
+def _check_split(data, name):
+    "Refuse what is no data set, or one that can't be measured on."
+    check_data(data, name)
+    if (missing := len(data) - int(data.labelled.sum())):
+        raise ValueError(f'{name} must have a label for each of its {len(data):,} items, '
+                         f'but {missing:,} have none.')
 
 # %% ../nbs/compare.ipynb #2ee0bf12
 def _begin(contenders, valid, test, teacher, setup):
     "An empty comparison, its judge and the setup of its runs, in which the device is fixed."
     _check_contenders(contenders)
-    check_data(valid, 'valid')
-    if test is not None: check_data(test, 'test')
+    _check_split(valid, 'valid')
+    if test is not None: _check_split(test, 'test')
     must(valid.measures, 'measures of valid', valid.measures, 'at least one Measure')
     setup = replace(setup, device=fit_device(setup.device), resume=True)
     judge = _Judge(valid, test, teacher, setup.device)
@@ -289,18 +331,19 @@ def _begin(contenders, valid, test, teacher, setup):
 
 # %% ../nbs/compare.ipynb #435a7d24
 def compare(
-    make_student, # Called without arguments; makes a new student (the seed is set before)
+    make_student:Callable, # Called without arguments; makes a new student (the seed is set before)
     contenders:dict, # {name: Contender}; the first is the baseline
     recipe:Recipe, # For all that have none of their own
-    valid, # Validation split: the first of its measures is what they are compared by
-    test=None, # Test split: give it once, when all choices are made
+    valid:Data, # Validation split: the first of its measures is what they are compared by
+    test:Data|None=None, # Test split: give it once, when all choices are made
     teacher:nn.Module|None=None, # For the agreement on the test split: a network or a Teacher
-    seeds=5, # Number of seeds, or the seeds themselves
+    seeds:int|list=5, # Number of seeds, or the seeds themselves
     **setup, # Fields of Setup; with a folder an interrupted comparison continues
 )->Comparison:
     "Train every contender from the same initial weights, for the same steps, over several seeds."
     seeds = _check_seeds(seeds)
     found, judge, setup = _begin(contenders, valid, test, teacher, setup_of(setup))
+    for name in contenders: setup.inside(f'{name}-{seeds[0]}')  # which refuses what is no name
     recipe = _in_steps(recipe, contenders)
     with torch.random.fork_rng([setup.device] if setup.device.type == 'cuda' else []):
         for seed, name, student in _trials(make_student, contenders, seeds, setup.progress):
@@ -339,6 +382,12 @@ def rows(self:Comparison,
         out.append(row | {k: _mean(self.values(name, k)) for k in more if usual})
     return out
 
+# %% ../nbs/compare.ipynb #d3d00021
+def _check_texts(name, row, n):
+    "Refuse a row that is not one text for each of n columns."
+    good = isinstance(row, (list, tuple)) and all(isinstance(t, str) for t in row)
+    must(good and len(row) == n, name, row, f'lists of {n} texts')
+
 # %% ../nbs/compare.ipynb #482023a5
 class Table:
     "A head and rows of text: Markdown in a notebook, aligned columns everywhere else."
@@ -346,6 +395,8 @@ class Table:
         head:list, # Titles of the columns
         rows:list, # Lists of texts
     ):
+        _check_texts('head', head, len(head))
+        for row in rows: _check_texts('rows', row, len(head))
         self.head, self.rows = head, rows
         number = lambda t: re.match(r'[\[+-]*[\d.]', t)
         self.right = [all(number(t) for t in column if t) for column in zip(*rows)]
@@ -381,8 +432,10 @@ def table(
     columns:dict|None=None, # {title: function of a row that gives text}; None: all keys that fit
 )->Table:
     "Rows as a table; a column without a value is left out."
-    whole('digits', digits, 0)
+    whole('digits', digits, 0, 20)
+    must(all(map(callable, (columns or {}).values())), 'columns', columns, 'functions by title')
     if columns is None:
+        must(all(isinstance(r, dict) for r in rows), 'rows', rows, 'dicts, where columns are None')
         keys = dict.fromkeys(k for r in rows for k in r if k != 'class_accuracy')
         columns = {k: lambda r, k=k: _cell(r.get(k), digits) for k in keys}
     cells = [[str(show(r)) for show in columns.values()] for r in rows]
@@ -405,12 +458,14 @@ def _plot_differences(self:Comparison, ax, measure):
 # %% ../nbs/compare.ipynb #a4a8f0cd
 @patch
 def plot(self:Comparison,
-    ax=None, # Two matplotlib axes; None makes a figure
+    ax:list|None=None, # Two matplotlib axes; None makes a figure
     measure:str|None=None, # As in rows
 ): # The matplotlib figure
     "The measure of every seed, joined between contenders, and the paired differences."
     import matplotlib.pyplot as plt
     measure = measure or self.measure
+    two = ax is None or [hasattr(a, 'plot') for a in ax] == [True, True]
+    must(two, 'ax', ax, 'two axes of matplotlib, or None')
     left, right = ax if ax is not None else plt.subplots(1, 2, figsize=(8, 2.8))[1]
     for values in zip(*(self.values(name, measure) for name in self.names)):
         left.plot(self.names, values, marker='o', color='C0', alpha=0.5, lw=0.8)
@@ -440,12 +495,12 @@ def _best(rows, primary):
 
 # %% ../nbs/compare.ipynb #ded7d19f
 def choose(
-    make_student, # Called without arguments; makes a new student
+    make_student:Callable, # Called without arguments; makes a new student
     settings:dict, # {label: Contender}
     recipe:Recipe, # The same for all
-    valid, # Validation split, on which the choice is made
+    valid:Data, # Validation split, on which the choice is made
     name:str='the training', # What the settings belong to, for a message
-    seeds=5, # Number of seeds, or the seeds themselves
+    seeds:int|list=5, # Number of seeds, or the seeds themselves
     **setup, # Fields of Setup, as for compare
 )->tuple: # The best label, and {label: its row of compare, or None where it diverged}
     "Compare settings on the validation split; the first of the best wins."
@@ -459,13 +514,26 @@ def choose(
     return _best(rows, valid.measures[0]), rows
 
 # %% ../nbs/compare.ipynb #7ea01b48
+def _runs_of(name, row, measure):
+    "The runs of a stored row, unless they have no seeds or lack the measure."
+    runs = row.get('runs')
+    good = isinstance(runs, list) and all(isinstance(r, dict) and 'seed' in r for r in runs)
+    must(runs and good, f'runs of {name}', runs, 'a list of dicts, each with its seed')
+    known = set.intersection(*map(set, runs)) - {'seed'}
+    must(measure in known, 'measure', measure, f"one of {', '.join(sorted(known))}")
+    return runs
+
 def paired(
     row:dict, # Of a stored result
     other:dict, # Of the same or another one
     measure:str, # A key of their runs
 )->tuple: # Mean, and the interval's ends [low, high]
     "The difference of two rows, paired by seed."
+    both = (_runs_of(name, r, measure) for name, r in (('row', row), ('other', other)))
     runs = [{'model': i, 'seed': run['seed'], measure: run[measure]}
-            for i, r in enumerate((row, other)) for run in r['runs']]
+            for i, found in enumerate(both) for run in found]
     difference = Comparison(runs, 1, Measure(measure)).rows(measure)[0]
     return difference['difference'], difference['difference_ci95']
+
+# %% ../nbs/compare.ipynb #ddcompar
+guard(globals())

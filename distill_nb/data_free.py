@@ -18,16 +18,18 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .files import fingerprint, must, number, whole
+from .doors import different_names, guard, must, number, whole
+from .files import fingerprint
 from .losses import UNLABELLED, check_temperature, check_weight, jsd_loss, kd_loss, upcast
-from .data import Batch, Data, ImageData, mix
+from .data import Batch, Data, ImageData, _check_channels, _integers, check_data, mix
 from .models import evaluating
-from .training import (History, Objective, Recipe, Setup, Teacher, check_classes,
-                                 check_heads, device_of, fit, heads, logits_of, teacher_of)
+from .training import (History, Objective, Recipe, Setup, Teacher, _tried, _wanted,
+                                 check_answers, check_classes, check_heads, device_of, fit, heads,
+                                 logits_of, teacher_of)
 from .logits import Distill
 from .features import listening
 
-# %% ../nbs/09_data_free.ipynb #c00d41fe
+# %% ../nbs/09_data_free.ipynb #d4d00013
 def bn_layers(
     model:nn.Module, # Any network
 )->list: # Its batch-norm layers
@@ -35,11 +37,26 @@ def bn_layers(
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return [m for m in norms if m.running_mean is not None]
 
+# %% ../nbs/09_data_free.ipynb #d4d00014
+def _check_layers(inputs, layers):
+    "Refuse inputs that are not those of batch-norm layers with statistics."
+    pairs = list(zip(inputs, layers))
+    must(pairs and len(inputs) == len(layers), 'inputs', f'{len(inputs)} for {len(layers)} layers',
+         'one for each layer, and at least one')
+    for x, layer in pairs:
+        kept = getattr(layer, 'running_mean', None)
+        must(kept is not None, 'each of layers', layer, 'a batch-norm layer with statistics')
+        ok = isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1:2] == kept.shape and len(x)
+        must(ok, 'each of inputs', tuple(x.shape) if isinstance(x, Tensor) else x,
+             f'of shape (B, {len(kept)}, ...), as its layer takes it')
+
+# %% ../nbs/09_data_free.ipynb #c00d41fe
 def statistics_distance(
     inputs:list, # What came into each layer, of shape (B, C) or (B, C, H, W)
     layers:list, # The batch-norm layers
 )->Tensor: # A scalar, at least 0
     "How far means and variances are from the running ones, over all layers; Yin et al. 2020, 3.2."
+    _check_layers(inputs, layers)
     total = torch.zeros((), device=inputs[0].device)
     for x, layer in zip(inputs, layers):
         x = upcast(x).transpose(0, 1).flatten(1)              # (B, C, H, W) -> (C, B·H·W)
@@ -53,7 +70,7 @@ def _as_constant(model, x):
     "Run a model whose weights get no gradient and whose buffers stay; its input gets one."
     tensors = {k: p.detach() for k, p in model.named_parameters()}
     tensors |= {k: b.detach().clone() for k, b in model.named_buffers()}
-    return functional_call(model, tensors, (x,))
+    return _tried(lambda x: functional_call(model, tensors, (x,)), x, 'the network')
 
 # %% ../nbs/09_data_free.ipynb #9aca965d
 class _Look(NamedTuple):
@@ -78,7 +95,7 @@ class GlassTeacher(Teacher):
         super().__init__(teacher.model, **teacher.contract)
 
     def check(self,
-        data, # Not looked at
+        data:object, # Not looked at
     ):
         "It is shown no data, since its images come in its own form."
 
@@ -107,9 +124,11 @@ def look(self:GlassTeacher,
 class _Unlabelled(Data):
     "Items that have no labels."
     def __init__(self, n, classes, device):
-        names = range(classes) if isinstance(classes, int) else classes
-        self.y = torch.full((n,), UNLABELLED, device=device)
-        self.classes = [str(c) for c in names]
+        if not isinstance(classes, (list, tuple)):
+            whole('classes', classes, 1, 2**20)
+            classes = range(classes)
+        self.classes = different_names([str(c) for c in classes])
+        self.y = torch.full((n,), UNLABELLED, device=_wanted(device)[1])
 
     def __len__(self): return len(self.y)
 
@@ -123,20 +142,32 @@ class _Unlabelled(Data):
         "Which items have a label, bool, shape (N,): none."
         return self.y != UNLABELLED
 
+# %% ../nbs/09_data_free.ipynb #d4d00016
+@patch
+def _places(self:_Unlabelled, index, view=None):
+    "Positions and views as tensors where the items are."
+    index = _integers('index', index, 0, len(self) - 1)
+    view = torch.zeros_like(index) if view is None else _integers('view', view)
+    must(index.ndim == 1 and view.shape == index.shape, 'index and view',
+         f'of shape {tuple(index.shape)} and {tuple(view.shape)}', 'of one shape, (B,)')
+    return index.to(self.device), view.to(self.device)
+
 # %% ../nbs/09_data_free.ipynb #85599ee8
 class Noise(_Unlabelled):
     "Nothing but noise, as a data set: every vector is a function of seed, index and view."
     n_views = 2**31 - 1
 
     def __init__(self,
-        n:int, # Indices in an epoch
-        dim:int, # Numbers in a vector
+        n:int, # Indices in an epoch, at most 10^9
+        dim:int, # Numbers in a vector, at most 2^20
         classes:int|list, # Of the teacher: how many, or their names
         seed:int=0, # Of the noise
-        device='cpu', # Where it is made
+        device:str|torch.device='cpu', # Where it is made
     ):
+        whole('n', n, 1, 10**9)
+        whole('dim', dim, 1, 2**20)
         super().__init__(n, classes, device)
-        self.dim, self.seed = dim, seed
+        self.dim, self.seed = int(dim), int(seed)
 
     def fingerprint(self, labels=True):
         "A short hash of what the noise depends on; without labels, the names of the classes don't."
@@ -145,18 +176,19 @@ class Noise(_Unlabelled):
 
 # %% ../nbs/09_data_free.ipynb #65e048b3
 @patch
-def to(self:Noise, device):
+def to(self:Noise,
+    device:str|torch.device, # Where it is made
+)->Noise:
     "The same noise, made on that device."
     return Noise(len(self), self.dim, self.classes, self.seed, device)
 
 @patch
 def get(self:Noise,
-    index:Tensor, # Positions, shape (B,)
-    view:Tensor|None=None, # Numbers, shape (B,); all 0 if None
+    index:Tensor|list, # Positions, shape (B,)
+    view:Tensor|list|None=None, # Numbers, shape (B,); all 0 if None
 )->Batch: # x has the shape (B, dim)
     "Normal noise: the same for the same index and view, in every process."
-    index = torch.as_tensor(index, device=self.device)
-    view = torch.zeros_like(index) if view is None else torch.as_tensor(view, device=self.device)
+    index, view = self._places(index, view)
     place = torch.arange(self.dim, device=self.device)                          # (dim,)
     bits = [mix(self.seed, index[:, None], view[:, None], place, k) >> 40 for k in (0, 1)]
     u, v = ((b + 2**23 + 0.5) / 2**24 for b in bits)                            # (B, dim): 0 to 1
@@ -168,6 +200,7 @@ def total_variation(
     x:Tensor, # Images, shape (B, channels, H, W)
 )->Tensor: # A scalar, at least 0
     "How much neighbours differ, in four directions; R_TV of Yin et al. 2020, section 3.2."
+    must(x.ndim == 4 and len(x), 'x', tuple(x.shape), 'images, of shape (B, channels, H, W)')
     x = upcast(x)
     pairs = ((x[..., 1:], x[..., :-1]), (x[..., 1:, :], x[..., :-1, :]),
              (x[..., 1:, 1:], x[..., :-1, :-1]), (x[..., 1:, :-1], x[..., :-1, 1:]))
@@ -186,8 +219,8 @@ def _ends(mean, std):
     given = mean, std
     must((mean is None) == (std is None), 'mean and std', given, 'given together or not at all')
     if mean is None: return None, None
-    usable = all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
-    must(usable, 'mean and std', given, 'finite numbers, and std greater than 0')
+    for name, numbers in (('mean', mean), ('std', std)): _check_channels(name, numbers)
+    must(0 < len(mean) == len(std), 'mean and std', given, 'one number each for each channel')
     m, s = (torch.tensor(numbers).float().view(-1, 1, 1) for numbers in (mean, std))
     return (0 - m) / s, (1 - m) / s
 
@@ -208,6 +241,12 @@ class PixelRange(nn.Module):
         if self.low is None: return raw
         return self.low + (self.high - self.low) * upcast(raw).sigmoid()
 
+# %% ../nbs/09_data_free.ipynb #d4d00018
+def _check_pixels(name, x):
+    "Refuse what is not images that gradients can reach."
+    ok = x.ndim == 4 and len(x) and x.is_floating_point()
+    must(ok, name, f'{x.dtype} of shape {tuple(x.shape)}', 'images, float, (N, channels, H, W)')
+
 # %% ../nbs/09_data_free.ipynb #38d764c5
 class Pixels(nn.Module):
     "Images that are weights."
@@ -216,6 +255,7 @@ class Pixels(nn.Module):
         limits:nn.Module, # Keeps them in range: a PixelRange
     ):
         super().__init__()
+        _check_pixels('start', start)
         self.raw, self.limits = nn.Parameter(start.clone()), limits
 
     def forward(self,
@@ -261,7 +301,7 @@ def _sized(teacher):
 
 def _channels(teacher, channels=None):
     "The channels of the images that a teacher takes."
-    if channels is not None: whole('channels', channels)
+    if channels is not None: whole('channels', channels, 1, 2**16)
     if channels or teacher.mean is not None: return channels or len(teacher.mean)
     first = next((m for m in teacher.model.modules() if isinstance(m, nn.Conv2d)), None)
     must(first is not None, 'channels', None,
@@ -269,10 +309,12 @@ def _channels(teacher, channels=None):
     return first.in_channels
 
 # %% ../nbs/09_data_free.ipynb #28aa4cc5
+_INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
+
 def _start(labels, channels, size):
     "Noise, an image of it for each label."
     given = labels if isinstance(labels, Tensor) else type(labels)
-    good = given is labels and labels.ndim == 1 and len(labels) and not labels.is_floating_point()
+    good = given is labels and labels.ndim == 1 and len(labels) and labels.dtype in _INTEGERS
     must(good, 'labels', given, 'a tensor of integers, shape (N,), N >= 1')
     return torch.randn(len(labels), channels, size, size)
 
@@ -280,8 +322,8 @@ def _start(labels, channels, size):
 class DeepInversion(Objective):
     "Images made from a teacher alone, Yin et al. 2020; they train, and `images()` returns them."
     def __init__(self,
-        teacher:Teacher, # Knows the size of its images, and mean and std if pixels have a range
-        labels:Tensor, # The class that each image shall be of, int64, shape (N,)
+        teacher:nn.Module, # A Teacher that knows the size of its images, and mean and std if known
+        labels:Tensor, # The class that each image shall be of, integers, shape (N,)
         student:nn.Module|None=None, # For the competition: a copy of it, as it is now
         channels:int|None=None, # Of the images; None finds it in the teacher
         **weights, # Fields of InversionWeights
@@ -301,14 +343,23 @@ def _hold(self:DeepInversion, teacher, labels, student):
     compete = self.weights.compete
     must(student is not None or not compete, 'student', student, f'given where compete={compete}')
     _check_statistics(self.weights, bool(bn_layers(teacher.model)))
-    self.register_buffer('labels', labels.long())
     self.teacher = GlassTeacher(teacher)
+    self.register_buffer('labels', self._known(labels.long()))
     self.rival = None if student is None else GlassTeacher(copy.deepcopy(student))
 
 @patch
 def images(self:DeepInversion)->Tensor: # Shape (N, channels, H, W)
     "The images as they are now, as a copy."
     with torch.no_grad(): return self.model().clone()
+
+# %% ../nbs/09_data_free.ipynb #d4d00011
+@patch
+def _known(self:DeepInversion, labels):
+    "Labels, unless they are none of the teacher's classes."
+    C = _classes_of(self.teacher, self.images()[:2], 'the teacher')
+    ends = [*map(int, labels.aminmax())]
+    must(0 <= ends[0] and ends[1] < C, 'labels', ends, f'integers from 0 to {C - 1}')
+    return labels
 
 # %% ../nbs/09_data_free.ipynb #310eb078
 @patch
@@ -347,29 +398,29 @@ def _classes_of(model, x, name):
     "How many classes a model tells apart."
     logits = logits_of(model, x, name)
     must(logits.ndim == 2, f'what {name} gives', tuple(logits.shape), 'logits of shape (B, C)')
+    check_answers(logits, name=name)
     return logits.shape[1]
 
 # %% ../nbs/09_data_free.ipynb #b9df87c8
 @patch
 def check(self:DeepInversion,
-    data, # Noise, with as many indices as there are images
-    valid=None, # Must be None
+    data:Data, # Noise, with as many indices as there are images
+    valid:Data|None=None, # Must be None
 ):
     "As many indices as images, a teacher that takes them, and nothing to measure an accuracy by."
-    n, N, x = len(data), len(self.labels), self.images()[:2]
+    check_data(data)
+    n, N = len(data), len(self.labels)
     must(n == N, 'len(data)', n, f'{N}, one index for each of the {N} images')
     must(valid is None, 'valid', valid, 'None, since images have no accuracy')
-    C, ends = _classes_of(self.teacher, x, 'the teacher'), [*map(int, self.labels.aminmax())]
-    must(0 <= ends[0] and ends[1] < C, 'labels', ends, f'integers from 0 to {C - 1}')
-    _check_guides(self.teacher, x, self.weights)
+    _check_guides(self.teacher, self.images()[:2], self.weights)
 
 # %% ../nbs/09_data_free.ipynb #1f80e9e2
 INVERSION = Recipe(steps=100, optimizer='adam', lr=0.2, weight_decay=0., warmup=0.1)
 
 # %% ../nbs/09_data_free.ipynb #89bd345c
 def invert(
-    teacher:Teacher, # Knows the size of its images, and mean and std if pixels have a range
-    labels:Tensor, # The class that each image shall be of, whole numbers, shape (N,)
+    teacher:nn.Module, # A Teacher that knows the size of its images, and mean and std if known
+    labels:Tensor, # The class that each image shall be of, integers, shape (N,)
     recipe:Recipe=INVERSION, # All images are one batch, whatever its batch size
     channels:int|None=None, # Of the images; None finds it in the teacher
     setup:Setup=Setup(), # Where it takes place, and what it leaves behind
@@ -389,34 +440,46 @@ def dafl_losses(
     features:Tensor|None=None, # What comes into its head, shape (B, features)
 )->dict: # onehot, balance and, with features, activation: scalars without their weights
     "What a teacher says of generated images, to be minimised; Chen et al. 2019, section 3."
-    logits = upcast(logits)
+    must(logits.ndim == 2 and len(logits), 'logits', tuple(logits.shape), 'of shape (B, C)')
+    rows = features is None or features.ndim >= 2 and len(features) == len(logits)
+    must(rows, 'features', features, f'of shape ({len(logits)}, features), or None')
+    logits = upcast(logits, 'logits')
     log_p = F.log_softmax(logits, 1).clamp(min=-1e4)
     log_mean = log_p.logsumexp(0) - math.log(len(logits))  # (B, C) -> (C,): ln of the mean answer
     parts = {'onehot': F.cross_entropy(logits, logits.argmax(1)),
              'balance': (log_mean.exp() * log_mean).sum()}
     if features is None: return parts
-    return parts | {'activation': -upcast(features).abs().flatten(1).sum(1).mean()}
+    return parts | {'activation': -upcast(features, 'features').abs().flatten(1).sum(1).mean()}
 
 # %% ../nbs/09_data_free.ipynb #c31ab821
 class Generator(nn.Module):
     "Noise to images of any size, in the teacher's normalisation."
     def __init__(self,
-        size:int, # Side of the images
-        channels:int=1, # Channels of the images
+        size:int, # Side of the images, at most 4,096
+        channels:int=1, # Channels of the images, at most 4,096, as all that follows
         noise:int=64, # Numbers in a noise vector
-        width:int=64, # Channels inside
+        width:int=64, # Channels inside, at least 2
         mean:list|None=None, # The teacher's normalisation, if it is known
         std:list|None=None, # The same
         spread:float=0.2, # Standard deviation of the initial weights: larger learns slower
     ):
         super().__init__()
         self.size, self.channels, self.noise, self.width = size, channels, noise, width
-        for name in 'size channels noise width'.split(): whole(name, vars(self)[name])
-        must(0 < number(spread) < math.inf, 'spread', spread, 'a finite number greater than 0')
+        self._check(spread, mean)
         self.sides = -(-size // 4), -(-size // 2), size
         self._build(mean, std)
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)): nn.init.normal_(m.weight, std=spread)
+
+# %% ../nbs/09_data_free.ipynb #d4d00012
+@patch
+def _check(self:Generator, spread, mean):
+    "Refuse sizes of which no generator can be made."
+    for name in 'size channels noise width'.split():
+        whole(name, getattr(self, name), 2 if name == 'width' else 1, 4096)
+    must(0 < number(spread) < math.inf, 'spread', spread, 'a finite number greater than 0')
+    fits = mean is None or len(mean) == self.channels
+    must(fits, 'mean', mean, f'one number for each of the {self.channels} channels')
 
 # %% ../nbs/09_data_free.ipynb #78778ebd
 def _block(n_in, n_out):
@@ -466,8 +529,8 @@ class DataFree(Objective):
         teacher:nn.Module, # Maps images to logits (B, C); or a Teacher
         generator:nn.Module, # Maps noise (B, noise) to images, and has the attribute noise
         temperature:float=4., # T > 0, of the student's loss
-        memory:int=8192, # Images that are kept
-        replay:int=256, # Kept images in a step of the student
+        memory:int=8192, # Images that are kept, at most 10^7
+        replay:int=256, # Kept images in a step of the student, at most 10^6
         **weights, # Fields of GeneratorWeights
     ):
         super().__init__(student)
@@ -481,22 +544,36 @@ class DataFree(Objective):
 @patch
 def _example(self:DataFree):
     "Two generated images; the generator is left as it was."
-    weight = next(self.generator.parameters())
-    zero = torch.zeros(2, self.generator.noise, device=weight.device)
-    with evaluating(self.generator): return self.generator(zero).float().cpu()
+    whole('noise of generator', getattr(self.generator, 'noise', None))
+    zero = torch.zeros(2, self.generator.noise, device=device_of(self.generator))
+    with evaluating(self.generator): images = _tried(self.generator, zero, 'the generator')
+    _check_pixels('what generator gives', images)
+    return images.float().cpu()
 
+# %% ../nbs/09_data_free.ipynb #d4d00017
 @patch
 def _hold(self:DataFree, teacher, memory):
     "The teacher, and an empty memory."
     check_temperature(self.temperature)
     _check_statistics(self.weights, bool(bn_layers(teacher.model)))
-    for name, n in (('memory', memory), ('replay', self.replay)): whole(name, n)
+    whole('memory', memory, 1, 10**7)
+    whole('replay', self.replay, 1, 10**6)
     images = self._example()
     classes = _classes_of(teacher, images, 'the teacher')
     self.register_buffer('images', torch.zeros(memory, *images.shape[1:]))
     self.register_buffer('answers', torch.zeros(memory, classes))
     self.register_buffer('count', torch.zeros((), dtype=torch.long))
     self.teacher = teacher
+
+# %% ../nbs/09_data_free.ipynb #d4d0001c
+@patch
+def _check_made(self:DataFree, images, answers):
+    "Refuse what is not images as the generator makes them, with an answer to each."
+    shape, wanted = tuple(self.images.shape[1:]), (*images.shape[:1], self.answers.shape[1])
+    fits = images.ndim == 4 and images.shape[1:] == shape and images.is_floating_point()
+    must(fits, 'images', f'{images.dtype} of shape {tuple(images.shape)}', f'float, each {shape}')
+    must(answers.shape == wanted, 'answers', tuple(answers.shape),
+         f'of shape {wanted}, a number per class for each of the images')
 
 # %% ../nbs/09_data_free.ipynb #dee9c4b5
 @patch
@@ -505,6 +582,7 @@ def remember(self:DataFree,
     answers:Tensor, # The teacher's logits for them, shape (B, C)
 ):
     "Write images and answers over the oldest ones in the memory."
+    self._check_made(images, answers)
     room = len(self.images)
     images, answers = images[-room:], answers[-room:]
     place = (self.count + torch.arange(len(images), device=images.device)) % room
@@ -527,6 +605,7 @@ def imagine(self:DataFree,
     look:_Look, # What the teacher says about them
 )->dict: # {name: weighted loss}, of those with a weight
     "The generator's losses."
+    self._check_made(images, look.logits)
     parts, weights = dafl_losses(look.logits, look.features), vars(self.weights)
     if weights['statistics']: parts['statistics'] = look.distance
     if weights['adversarial']:
@@ -562,8 +641,8 @@ def _check_pair(student, teacher, x):
 # %% ../nbs/09_data_free.ipynb #92904bc0
 @patch
 def check(self:DataFree,
-    data, # Noise, as the generator takes it
-    valid=None, # Labelled images, for the accuracy in the history
+    data:Data, # Noise, as the generator takes it
+    valid:Data|None=None, # Labelled images, for the accuracy in the history
 ):
     "Classes and shapes of student, teacher and generator; and that there is noise and no data."
     dim, x = self.generator.noise, self._example()
@@ -587,6 +666,8 @@ class Pictures(_Unlabelled):
         mean:list|None=None, # The teacher's normalisation, if it has a clause about it
         std:list|None=None, # The same
     ):
+        _check_pixels('x', x)
+        _ends(mean, std)  # refuses what is no normalisation
         super().__init__(len(x), classes, x.device)
         self.x, self.mean, self.std = x, mean, std
 
@@ -594,20 +675,24 @@ class Pictures(_Unlabelled):
         "A short hash of the images; without labels, the names of the classes don't count."
         return fingerprint({'x': self.x}, {'classes': self.classes} if labels else None)
 
-    def to(self, device):
-        "The images on that device."
-        return Pictures(self.x.to(device), self.classes, self.mean, self.std)
-
 # %% ../nbs/09_data_free.ipynb #ce1a1add
 @patch
+def to(self:Pictures,
+    device:str|torch.device, # Where they are kept
+)->Pictures:
+    "The images on that device."
+    return Pictures(self.x.to(_wanted(device)[1]), self.classes, self.mean, self.std)
+
+@patch
 def get(self:Pictures,
-    index, # Positions, shape (B,)
-    view=None, # Of no importance: there is one
+    index:Tensor|list, # Positions, shape (B,)
+    view:Tensor|list|None=None, # Of no importance: there is one
 )->Batch:
     "Some of the images."
-    index = torch.as_tensor(index, device=self.device)
+    index, _ = self._places(index)
     return Batch(self.x[index], self.y[index], index, torch.zeros_like(index))
 
+# %% ../nbs/09_data_free.ipynb #d4d0001b
 @patch
 def seen(self:Pictures, **wanted):
     "The images, if they have the form that is wanted."
@@ -628,6 +713,7 @@ DATA_FREE = Recipe(steps=1500, batch_size=64, optimizer='adamw', lr=2e-2, weight
 def _in_form(teacher, valid):
     "Labelled images as the teacher takes them; None for None."
     if valid is None: return None
+    check_data(valid, 'valid')
     must(teacher.class_order(valid) is None, 'the classes of valid', valid.classes,
          f'those of the teacher in their order, {str(teacher.classes):.100}')
     return teacher.own(valid)
@@ -676,7 +762,8 @@ def _imitate(task, pictures, recipe, temperature, name):
 def _by_inversion(task, rounds=4, images=256, temperature=4., compete=1., inversion=INVERSION,
                   **settings):
     "Train pixels and student in turns; the settings are those of `DeepInversion`."
-    for name, n in (('rounds', rounds), ('images', images)): whole(name, n)
+    for name, n in (('rounds', rounds), ('images', images)): whole(name, n, 1, 10**5)
+    must(isinstance(inversion, Recipe), 'inversion', inversion, 'a Recipe')
     check_temperature(temperature)
     check_weight('compete', compete)
     classes, (teacher, student), pool, parts = task.classes(), task[:2], [], []
@@ -723,11 +810,11 @@ def _way(method):
 
 # %% ../nbs/09_data_free.ipynb #6471f974
 def distill_without_data(
-    teacher:Teacher, # Knows the size of its images, and mean and std if pixels have a range
+    teacher:nn.Module, # A Teacher that knows the size of its images, and mean and std if known
     student:nn.Module, # The model to train, in place: maps images to logits of the same classes
     method:str='generator', # Where images come from: 'generator' or 'inversion'
     recipe:Recipe=DATA_FREE, # How to train; its seed is also that of noise and generator
-    valid=None, # Labelled images for the accuracy in the history; nothing is learned from them
+    valid:Data|None=None, # Labelled images to measure by; nothing is learned from them
     channels:int|None=None, # Of the images; None finds it in the teacher
     setup:Setup=Setup(), # Where it takes place, and what it leaves behind
     **settings, # Of DataFree and Generator (noise, width, spread), or of DeepInversion (see below)
@@ -736,3 +823,6 @@ def distill_without_data(
     way, teacher = _way(method), _sized(teacher)
     channels, valid = _channels(teacher, channels), _in_form(teacher, valid)
     return way(_Task(teacher, student, channels, recipe, valid, setup), **settings)
+
+# %% ../nbs/09_data_free.ipynb #dd09data
+guard(globals())

@@ -10,16 +10,18 @@ __all__ = ['FEATURE_WEIGHTS', 'find_layers', 'listening', 'tap', 'feature_shapes
 
 # %% ../nbs/07_features.ipynb #9b8c6124
 import copy, difflib, itertools, math, re
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, tuplify
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from .files import must
+from .doors import guard, must, reason, whole
 from .losses import check_weight, kd_loss, rows_there, upcast
-from .data import Batch
+from .data import Batch, Data, ImageData
 from .models import evaluating, head_name
 from .training import device_of, heads, seed_noise, teacher_of
 from .logits import Distill
@@ -31,7 +33,7 @@ def _near(name, names):
 
 def find_layers(
     model:nn.Module, # Any network
-    names, # Names as in named_modules, each perhaps with ':input'; or a single name
+    names:str|list, # Names as in named_modules, each perhaps with ':input'; or a single name
 )->dict: # {name: nn.Module}
     "The layers of these names; an unknown name is a `ValueError` that gives the nearest ones."
     layers, found = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}, {}
@@ -60,8 +62,8 @@ def _add_hook(layer, name, hear):
 @contextmanager
 def listening(
     model:nn.Module, # Any network; it is left as it was
-    names, # Layers as in named_modules; 'NAME:input' is what goes into one; or a single name
-    hear, # Called as hear(name, value) each time that a layer runs; the value is not copied
+    names:str|list, # Layers as in named_modules; 'NAME:input': what goes into one; or one name
+    hear:Callable, # Called as hear(name, value) each time a layer runs; the value is not copied
 ):
     "Hear what the named layers give inside the `with` block."
     layers, handles = find_layers(model, names), []
@@ -95,7 +97,7 @@ def _copied(output):
 @contextmanager
 def tap(
     model:nn.Module, # Any network; it is left as it was
-    names, # Layers as in named_modules; 'NAME:input' is what goes into one; or a single name
+    names:str|list, # Layers as in named_modules; 'NAME:input': what goes into one; or one name
 ): # Gives a dict by name, filled by each forward inside the block
     "Keep what the named layers give inside the `with` block; of several calls, the last."
     features = _Features(find_layers(model, names))
@@ -105,13 +107,17 @@ def tap(
 # %% ../nbs/07_features.ipynb #3ca7e7b2
 def _dry_run(model, names, x):
     "What the named layers give for `x`, in eval mode and without gradients."
-    with evaluating(model), tap(model, names) as features: model(x.to(device_of(model, x.device)))
+    with evaluating(model), tap(model, names) as features:
+        try: model(x.to(device_of(model, x.device)))
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f'x must be inputs that {type(model).__name__} takes, but it does not '
+                             f'take the shape {tuple(x.shape)}: {reason(error)}') from error
     return features
 
 def feature_shapes(
     model:nn.Module, # Any network; it is left as it was
     x:Tensor, # A batch of inputs, shape (B, ...)
-    names=None, # Layers; None: all
+    names:str|list|None=None, # Layers; None: all
 )->dict: # {name: shape without the batch}, in the order in which the layers finish
     "What each layer gives for one input, where that is a tensor."
     names = [n for n, _ in model.named_modules() if n] if names is None else names
@@ -127,7 +133,8 @@ def hint_loss(
     "The squared distance of features, Romero et al. 2015, eq. 3."
     _check_pair(student_features, teacher_features)
     _check_reduction(reduction)
-    squares = (upcast(student_features) - upcast(teacher_features)).square()
+    student = upcast(student_features, 'student_features')
+    squares = (student - upcast(teacher_features, 'teacher_features')).square()
     return squares.mean() if reduction == 'mean' else squares.sum() / (2 * len(squares))
 
 # %% ../nbs/07_features.ipynb #381a3268
@@ -143,12 +150,20 @@ def _check_pair(student_features, teacher_features):
 def _check_reduction(reduction):
     must(reduction in ('batchmean', 'mean'), 'reduction', reduction, "'batchmean' or 'mean'")
 
+def _check_map(features, name, size=None):
+    shape = tuple(features.shape)
+    must(not features.is_complex(), name, features.dtype, 'a tensor of real numbers')
+    known = len(shape) == 4 and features.numel() > 0
+    must(known, f'the shape of {name}', shape, '(B, C, H, W), with height and width, at least 1')
+    must(size is None or len(size) == 2, 'size', size, 'a pair (h, w)')
+    for side, most in zip(size or (), shape[2:]): whole('size', side, 1, most)
+
 # %% ../nbs/07_features.ipynb #1c575387
-def _as_map(features):
+def _as_map(features, name='features'):
     "Features as a map (B, C, H, W): a vector (B, D) has one place, tokens (B, N, D) lie in a row."
     shape = tuple(features.shape)
-    known = len(shape) in (2, 3, 4)
-    must(known, 'the shape of features', shape, '(B, C, H, W), (B, D) or (B, N, D)')
+    known = len(shape) in (2, 3, 4) and features.numel() > 0
+    must(known, f'the shape of {name}', shape, '(B, C, H, W), (B, D) or (B, N, D), none of them 0')
     if len(shape) == 4: return features
     return features.mT[..., None] if len(shape) == 3 else features[:, :, None, None]
 
@@ -172,7 +187,8 @@ class Adapter(nn.Module):
         if {len(shape) for shape in shapes} == {3, 4}:
             raise ValueError('a map can not be compared with tokens place by place: '
                              f'the shapes are {shapes[0]} and {shapes[1]}.')
-        student, teacher = _as_map(student_features), _as_map(teacher_features)
+        student = _as_map(student_features, 'student_features')
+        teacher = _as_map(teacher_features, 'teacher_features')
         self.size = tuple(teacher.shape[-2:])
         self.conv = nn.Conv2d(student.shape[1], teacher.shape[1], 1)
 
@@ -184,14 +200,16 @@ class Adapter(nn.Module):
 class Term(nn.Module):
     "Compares layers of student and teacher; a subclass says how, in its forward."
     def __init__(self,
-        student_layers, # Names of layers of the student, or one name
-        teacher_layers, # Names of layers of the teacher, or one name
+        student_layers:str|list, # Names of layers of the student, or one name
+        teacher_layers:str|list, # Names of layers of the teacher, or one name
     ):
         super().__init__()
         student, teacher = tuplify(student_layers), tuplify(teacher_layers)
-        if not student or len(student) != len(teacher):
+        names = all(isinstance(name, str) for name in student + teacher)
+        if not names or not student or len(student) != len(teacher):
+            given = f'{student_layers!r:.100} and {teacher_layers!r:.100}'
             raise ValueError('student_layers and teacher_layers must name as many layers, at least '
-                             f'one, but are {student_layers!r} and {teacher_layers!r}.')
+                             f'one, but are {given}.')
         self.student_layers, self.teacher_layers = student, teacher
 
     def extra_repr(self): return f'{self.student_layers} ~ {self.teacher_layers}'
@@ -243,6 +261,8 @@ def prepare(self:Hint,
     teacher_features:list, # One tensor: an example of the teacher's, shape (B, ...)
 ):
     "Make the adapter, or check that the present one fits."
+    for name, given in ('student', student_features), ('teacher', teacher_features):
+        must(len(given) == 1, f'{name}_features', given, 'a list of one tensor')
     with torch.random.fork_rng(devices=[]):
         seed_noise(self._seed, torch.device('cpu'))
         made = Adapter(student_features[0], teacher_features[0]).to(student_features[0].device)
@@ -272,11 +292,10 @@ def _scaled(x, dim=()):
 
 def attention_map(
     features:Tensor, # Shape (B, C, H, W)
-    size:tuple=None, # (h, w), at most (H, W), to which the map is averaged; None leaves it
+    size:tuple|None=None, # (h, w), at most (H, W), to which the map is averaged; None leaves it
 )->Tensor: # Shape (B, h, w); each map has the norm 1, or is 0 where all features are 0
     "Where a layer responds: squares over all channels, Zagoruyko and Komodakis 2017, section 3.1."
-    shape = tuple(features.shape)
-    must(len(shape) == 4, 'the shape of features', shape, '(B, C, H, W), with height and width')
+    _check_map(features, 'features', size)
     x = _scaled(upcast(features), (1, 2, 3))               # a factor changes nothing
     energy = x.square().sum(1)                             # (B, C, H, W) -> (B, H, W)
     if size is not None: energy = F.adaptive_avg_pool2d(energy, size)
@@ -290,6 +309,8 @@ def attention_loss(
 )->Tensor: # A scalar
     "The difference of two layers' attention maps, Zagoruyko and Komodakis 2017, eq. 2."
     _check_reduction(reduction)
+    _check_map(student_features, 'student_features')
+    _check_map(teacher_features, 'teacher_features')
     size = tuple(map(min, student_features.shape[2:], teacher_features.shape[2:]))
     student, teacher = attention_map(student_features, size), attention_map(teacher_features, size)
     _check_pair(student, teacher)
@@ -301,8 +322,8 @@ def attention_loss(
 class AttentionTransfer(Term):
     "Attention transfer for one or several pairs of layers, whatever their channels and sizes."
     def __init__(self,
-        student_layers, # Names of layers of the student, or one name
-        teacher_layers, # As many layers of the teacher
+        student_layers:str|list, # Names of layers of the student, or one name
+        teacher_layers:str|list, # As many layers of the teacher
         reduction:str='mean', # As in attention_loss
     ):
         super().__init__(student_layers, teacher_layers)
@@ -340,12 +361,21 @@ def _points(features):
     x = _scaled(upcast(features).flatten(1))               # so that the mean can not overflow
     return _scaled(x - x.mean(0).detach())
 
-def _check_batches(student_features, teacher_features):
-    "Refuse features of different images, or of none."
-    a, b = student_features, teacher_features
+_ROOM = 2**33  # Numbers that a comparison of images with each other may hold: 32 GiB
+
+def _check_batches(a, b, names=('student_features', 'teacher_features')):
+    "Refuse features of different images, of none, and of so many that the pairs fill a machine."
     if min(a.ndim, b.ndim) < 1 or len(a) != len(b) or not (a.numel() and b.numel()):
-        raise ValueError('student_features and teacher_features must hold as many images, at least '
-                         f'1, but have the shapes {tuple(a.shape)} and {tuple(b.shape)}.')
+        raise ValueError(f'{names[0]} and {names[1]} must hold as many images, at least 1, '
+                         f'but have the shapes {tuple(a.shape)} and {tuple(b.shape)}.')
+    must(len(a)**2 <= _ROOM, f'the number of images in {names[0]}', len(a), 'at most 92,681')
+    must(not any(x.is_complex() for x in (a, b)), ' and '.join(names), (a.dtype, b.dtype), 'real')
+
+def _check_triples(features):
+    "Refuse batches whose triples fill a machine."
+    B, D = len(features), features[0].numel()
+    must(B * B * (B + D) <= _ROOM, 'the number of images in student_features', B,
+         'smaller: for features of D numbers B²·D + B³ may be at most 2³³')
 
 # %% ../nbs/07_features.ipynb #84d7cebb
 def rkd_angle_loss(
@@ -355,6 +385,7 @@ def rkd_angle_loss(
     "Huber loss of the cosines of triples, Park et al. 2019, eq. 8; holds B²·D + B³ numbers."
     _check_batches(student_features, teacher_features)
     B = len(student_features)
+    for features in student_features, teacher_features: _check_triples(features)
     def cosines(features):
         x = _points(features)
         e = x[None] - x[:, None]                           # (B, B, D), from the corner to others
@@ -401,7 +432,7 @@ class FeatureDistill(Distill):
         terms:dict, # {name: (term, weight)}; terms are copied, and one with weight 0 is left out
         temperature:float=4., # T > 0
         alpha:float=0.9, # Weight of the soft part, in [0, 1]; 0: labels and features only
-        divergence=kd_loss, # As in Distill
+        divergence:Callable=kd_loss, # As in Distill
         standardize:bool=False, # As in Distill
         **loss, # As in Distill: label_smoothing, class_weights
     ):
@@ -417,15 +448,16 @@ class FeatureDistill(Distill):
 def _layers(terms, side, model):
     "The layers that the terms name on one side, each once; an error says on which side it is."
     names = dict.fromkeys(n for t in terms.values() for n in getattr(t, f'{side}_layers'))
-    try: return tuple(find_layers(model, names))
+    try: return tuple(find_layers(model, list(names)))
     except ValueError as e: raise ValueError(f'the {side}: {e}') from None
 
 def _check_terms(terms):
     "Refuse terms that are not {name: (term, weight)}, or names that can not stand in a history."
     must(isinstance(terms, dict), 'terms', type(terms).__name__, 'a dict {name: (term, weight)}')
     for name, pair in terms.items():
-        taken = name in ('hard', 'soft', 'aux') or hasattr(nn.ModuleDict(), name)
-        must(str(name).isidentifier() and not taken, 'the name of a term', name,
+        fine = isinstance(name, str) and name.isidentifier() and name.isprintable()
+        taken = name in ('hard', 'soft', 'aux') or fine and hasattr(nn.ModuleDict(), name)
+        must(fine and not taken, 'the name of a term', name,
              "a word other than 'hard', 'soft' and 'aux'")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], Term):
             raise ValueError(f'terms[{name!r}] must be a pair (term, weight), such as '
@@ -489,8 +521,8 @@ def prepare(self:FeatureDistill,
 # %% ../nbs/07_features.ipynb #931904ab
 @patch
 def check(self:FeatureDistill,
-    data, # The training set
-    valid=None, # The validation split; the teacher's exam is held there if it is given
+    data:Data, # The training set
+    valid:Data|None=None, # The validation split; the teacher's exam is held there if it is given
 ):
     "As `Distill`; then adapters and layers, by `prepare`."
     super(FeatureDistill, self).check(data, valid)
@@ -503,7 +535,7 @@ def cka(
     y:Tensor, # Other features of the same images, shape (n, ...)
 )->float: # Between 0 and 1; 0 where one of them is constant, nan where one is not finite
     "Linear centred kernel alignment, Kornblith et al. 2019, section 3."
-    _check_batches(x, y)
+    _check_batches(x, y, ('x', 'y'))
     def gram(features):
         f = _points(features.detach()).cpu().double()      # (n, ...) -> (n, p)
         f = f - f.mean(0)
@@ -518,10 +550,13 @@ def layer_similarity(
     student:nn.Module, # Any network
     teacher:nn.Module, # Any network
     x:Tensor, # Some hundred images, shape (n, channels, H, W)
-    student_layers, # Names of layers
-    teacher_layers, # Names of layers
+    student_layers:str|list, # Names of layers, or one name
+    teacher_layers:str|list, # Names of layers, or one name
 )->Tensor: # CKA of each pair, shape (student layers, teacher layers)
     "How similar the layers of two networks are."
+    student_layers, teacher_layers = tuplify(student_layers), tuplify(teacher_layers)
+    for name, layers in dict(student=student_layers, teacher=teacher_layers).items():
+        must(layers, f'{name}_layers', layers, 'the names of at least one layer')
     s, t = _dry_run(student, student_layers, x), _dry_run(teacher, teacher_layers, x)
     def row(a): return [cka(_tensor(s, a), _tensor(t, b)) for b in teacher_layers]
     return torch.tensor([row(a) for a in student_layers])
@@ -529,13 +564,15 @@ def layer_similarity(
 # %% ../nbs/07_features.ipynb #891f835d
 def plot_similarity(
     similarity:Tensor, # From layer_similarity
-    student_layers, # Names of its rows
-    teacher_layers, # Names of its columns
-    ax=None, # Matplotlib axes; None makes a figure
+    student_layers:list, # Names of its rows
+    teacher_layers:list, # Names of its columns
+    ax:Axes|None=None, # Matplotlib axes; None makes a figure
 ): # The axes
     "The matrix as a picture, with its numbers."
     import matplotlib.pyplot as plt
     rows, columns = len(student_layers), len(teacher_layers)
+    fits = rows * columns and upcast(similarity, 'similarity').shape == (rows, columns)
+    must(fits, 'the shape of similarity', tuple(similarity.shape), f'{rows, columns}')
     size = 1.2 + 0.8 * columns, 1 + 0.5 * rows
     ax = ax or plt.subplots(figsize=size, layout='constrained')[1]
     ax.imshow(similarity, vmin=0, vmax=1, cmap='Blues', aspect='auto')
@@ -579,7 +616,7 @@ def feature_method(
     teacher:nn.Module, # A network or a Teacher
     temperature:float=4., # T > 0
     alpha:float=0.9, # Weight of the soft part; 0: labels and features only
-    weight:float=None, # Of the term; None: that of FEATURE_WEIGHTS
+    weight:float|None=None, # Of the term; None: that of FEATURE_WEIGHTS
     **loss, # As in Distill: label_smoothing, class_weights
 )->FeatureDistill:
     "An objective for networks of stages and a linear head, without naming layers."
@@ -605,15 +642,28 @@ def _customary(name, student, teacher):
     if name == 'attention': return AttentionTransfer(*zip(*pairs))
     return Hint(*pairs[(len(pairs) - 1) // 2])
 
+# %% ../nbs/07_features.ipynb #d1d00021
+def _check_look(models, data, index):
+    "Refuse networks that are not given with a layer each, and positions of no image."
+    must(len(models) > 0, 'models', models, 'a dict with at least one network')
+    for title, pair in models.items():
+        fine = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], nn.Module)
+        must(fine and isinstance(pair[1], str), f'models[{title!r}]', pair,
+             'a pair (network, name of a layer)')
+    fine = index.ndim == 1 and index.dtype in (torch.int64, torch.int32) and 1 <= len(index) <= 100
+    fine = fine and bool(((index >= 0) & (index < len(data))).all())
+    must(fine, 'index', index, f'from 1 to 100 positions in 0..{len(data) - 1}')
+
 # %% ../nbs/07_features.ipynb #588d560a
 @torch.no_grad()
 def plot_attention(
     models:dict, # {title: (network, name of a layer)}
-    data, # An ImageData
+    data:ImageData, # The images are taken from here
     index:Tensor, # Positions of the images to show
 ): # The matplotlib figure
     "Images, and below them where each network's layer responds, on the coarsest of their grids."
     import matplotlib.pyplot as plt
+    _check_look(models, data, index)
     rows = {'image': data.pixels(index).cpu().float().mean(1)} | _maps(models, data.get(index).x)
     look = dict(figsize=(0.75 * len(index) + 0.8, 0.75 * len(rows)), layout='constrained')
     fig, axes = plt.subplots(len(rows), len(index), squeeze=False, **look)
@@ -630,3 +680,6 @@ def _maps(models, x):
     given = {t: _tensor(_dry_run(model, layer, x), layer) for t, (model, layer) in models.items()}
     size = tuple(map(min, zip(*(attention_map(f).shape[1:] for f in given.values()))))
     return {title: attention_map(f, size).cpu() for title, f in given.items()}
+
+# %% ../nbs/07_features.ipynb #dd07feat
+guard(globals())

@@ -6,7 +6,8 @@
 __all__ = ['open_student', 'image_paths', 'Prediction', 'predictions', 'write_predictions']
 
 # %% ../nbs/inference.ipynb #ed5547c9
-import csv, hashlib, io, json, os, shlex, sys
+import csv, hashlib, io, json, os, re, shlex, sys
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .files import must, progress_bar, whole, write_atomic
+from .doors import guard, must, whole
+from .files import from_json, locked, naming, progress_bar, write_atomic
 from .weights import read_checkpoint
 from .data import UNLABELLED, ImageData
-from .images import Form, Seen, damage, image_files, read_images
+from .images import Form, Seen, check_paths, damage, image_files, read_images
 from .training import Teacher, check_answers, check_classes, device_of, predict
 from .zoo import opened
 
@@ -38,22 +40,34 @@ def _check_unasked(path, name):
         raise ValueError(f'{str(path)!r} holds weights for {name}, and source code is not run '
                          f'unasked: say it with --architecture {shlex.quote(name)}.')
 
-# %% ../nbs/inference.ipynb #0a5b6c2a
+# %% ../nbs/inference.ipynb #c2c00033
 def _mode(teacher): return {1: 'L', 3: 'RGB'}.get(len(teacher.mean or ()))
 
+def _form(facts, mode, path):
+    "How a file says that images were decoded; None where it does not."
+    side, whole = facts.get('side'), facts.get('whole', 'False')
+    if side is None: return None
+    number = re.fullmatch('[0-9]{1,4}', side) and 1 <= int(side) <= 8192
+    must(number, f'the side that {str(path)!r} names', side, 'a whole number from 1 to 8,192')
+    must(whole in ('True', 'False'), f'the fact whole that {str(path)!r} names', whole, 'True')
+    return mode and Form(int(side), mode, whole == 'True')
+
+# %% ../nbs/inference.ipynb #0a5b6c2a
 def open_student(
     path,                   # The file of its weights
     architecture:str=None,  # Name of the network, or FILE.py:FUNCTION; None: what the file says
 )->tuple:  # The network as a Teacher; the Form of its images; None: the file doesn't say
     "A student ready to be asked, from its file."
+    must(architecture != '', 'architecture', architecture, 'a name or FILE.py:FUNCTION')
     facts = _facts(path)
     if architecture is None: _check_unasked(path, facts.get('architecture'))
     named = (path,) if architecture is None else (architecture, path)
-    found = opened(*named)
+    try: found = opened(*named)
+    except (ValueError, OSError) as e:
+        if str(path) in str(e) or architecture is not None: raise
+        raise ValueError(f'{str(path)!r} cannot be opened: {str(e):.300}') from e
     for line in found.said: print(f'student: {line}', file=sys.stderr)  # stdout is for the table
-    if 'side' not in facts: return found.teacher, None
-    form = Form(int(facts['side']), _mode(found.teacher), facts.get('whole') == 'True')
-    return found.teacher, form
+    return found.teacher, _form(facts, _mode(found.teacher), path)
 
 # %% ../nbs/inference.ipynb #0a5b6c0d
 def _found(path):
@@ -68,7 +82,8 @@ def image_paths(
     images,  # A file or a folder, or a list of them
 )->list:  # Paths as text, each once; those of a folder are sorted
     "The images that are meant by files and folders."
-    named = [images] if isinstance(images, (str, os.PathLike)) else images
+    one = isinstance(images, (str, os.PathLike)) or not hasattr(images, '__iter__')
+    named = check_paths('images', [images] if one else images)
     return list(dict.fromkeys(f for path in named for f in _found(os.fspath(path))))
 
 def _named(files):
@@ -85,7 +100,7 @@ def _check(teacher, form, top, batch_size):
         raise ValueError(f"the network must know its {', '.join(lacks)} to be asked as it was "
                          'trained: use Teacher(model, classes=[...], mean=[...], std=[...], '
                          'size=...), which --architecture FILE.py:FUNCTION may also return.')
-    whole('batch_size', batch_size)
+    whole('batch_size', batch_size, 1, 2**16)
     whole('top', top, 1, len(teacher.classes))
     form = _fitting(teacher, form)
     blank = np.zeros((len(form.mode), form.side, form.side), np.uint8)
@@ -99,7 +114,6 @@ def _fitting(teacher, form):
     must(mode, 'mean', teacher.mean, 'one number for each of 1 or 3 channels')
     if form is None: return Form(round(teacher.size/teacher.crop), mode)
     must(isinstance(form, Form), 'form', form, 'a Form, as open_student gives it, or None')
-    whole('side', form.side)
     must(form.mode == mode, 'mode', form.mode, f'{mode}: the mean has {len(mode)} numbers')
     return form
 
@@ -198,34 +212,44 @@ class _Table:
     "A CSV file that grows beside its place and moves there when it is complete."
     def __init__(self, out, about, resume):
         self.out, self.partial, self.about = Path(out), Path(f'{out}.partial'), about
-        begun = self.partial.exists()
-        allowed = 'a table that was begun, not a complete one' if resume else 'a new file'
-        must(not self.out.exists() or resume and begun, 'out', str(out), allowed)
+        begun, there = self.partial.exists(), self.out.exists()
+        known = 'a table that was begun' + ', not a complete one'*there
+        must(begun if resume else not there, 'out', str(out),
+             known if resume else 'a new file')
         if begun and not resume:
             raise ValueError(f'out {str(out)!r} was begun already: continue it with --resume, '
                              f'or remove {str(self.partial)!r}.')
         if begun: self.check_begun()
 
     def check_begun(self):
-        with open(self.partial, 'rb') as f: line = f.readline()
-        try: before = dict(json.loads(line))
-        except (ValueError, TypeError): before = {}
-        changed = '; '.join(f'{k} was {before.get(k)!r} and is {v!r}'
+        with open(self.partial, 'rb') as f: before = from_json(f.readline(), self.partial)
+        if not isinstance(before, dict): before = {}
+        changed = '; '.join(f'{k} was {before.get(k)!r:.80} and is {v!r}'
                             for k, v in self.about.items() if before.get(k) != v)
         if changed: raise ValueError(f'out {str(self.out)!r} was begun otherwise: {changed}.')
 
 # %% ../nbs/inference.ipynb #0a5b6c24
 @patch
-def kept(self:_Table, batch_size, n):
+def kept(self:_Table, batch_size, files, top):
     "How many rows are there, and how many of them are of damaged images; the rest is cut off."
     if not self.partial.exists(): return 0, 0
     with open(self.partial, 'rb+') as f:
-        place, rows = _whole_batches(f, batch_size, n)
-        must(place, 'out', str(self.out), 'a table that was begun, not a damaged one')
+        place, n = _whole_batches(f, batch_size, len(files))
+        f.seek(0)
+        head, *rows = self.read(f.read(place)) or [None]
+        whole = head == _head(top) and [row[:1] for row in rows] == [[file] for file in files[:n]]
+        must(whole and {len(row) for row in rows} <= {len(head)}, 'out', str(self.out),
+             'a table that was begun, not a damaged one')
         f.truncate(place)
-    with open(self.partial, newline='', encoding='utf-8', errors='surrogateescape') as f:
-        f.readline()
-        return rows, sum(row[-1] != '' for row in islice(csv.reader(f), 1, None))
+    return n, sum(row[-1] != '' for row in rows)
+
+# %% ../nbs/inference.ipynb #c2c00030
+@patch
+def read(self:_Table, data):
+    "The rows of a table behind the line about it."
+    text = data.partition(b'\n')[2].decode('utf-8', 'surrogateescape')
+    try: return [*csv.reader(io.StringIO(text, newline=''))]
+    except csv.Error: return []
 
 @patch
 def add(self:_Table, top, batch):
@@ -233,7 +257,7 @@ def add(self:_Table, top, batch):
     if not self.partial.exists():
         first = json.dumps(self.about).encode() + b'\n'
         return write_atomic(self.partial, first + _rows(top, batch, True))
-    with open(self.partial, 'ab') as f: f.write(_rows(top, batch))
+    with naming(self.partial), open(self.partial, 'ab') as f: f.write(_rows(top, batch))
 
 # %% ../nbs/inference.ipynb #0a5b6c35
 @patch
@@ -252,7 +276,7 @@ class _Printed:
         if hasattr(sys.stdout, 'reconfigure'):  # names of files as the system has them
             sys.stdout.reconfigure(encoding='utf-8', errors='surrogateescape')
 
-    def kept(self, batch_size, n): return 0, 0
+    def kept(self, batch_size, files, top): return 0, 0
 
     def add(self, top, batch):
         text = _rows(top, batch, not self.begun).decode('utf-8', 'surrogateescape')
@@ -260,6 +284,16 @@ class _Printed:
         self.begun = True
 
     def finish(self): pass
+
+# %% ../nbs/inference.ipynb #c2c00032
+def _write(table, ask, files, batch_size, top):
+    "Ask about what is not in a table yet: how many images could not be read."
+    rows, bad = table.kept(batch_size, files, top)
+    for batch in ask(files[rows:]):
+        table.add(top, batch)
+        bad += sum(p.error != '' for p in batch)
+    table.finish()
+    return bad
 
 # %% ../nbs/inference.ipynb #0a5b6c28
 def write_predictions(
@@ -272,13 +306,14 @@ def write_predictions(
     resume:bool=False,  # Continue the table that was begun for this file?
 )->tuple:  # How many images could not be read, and how many there are
     "A table of the classes of images in files, written as it is made."
+    must(out is None or not os.path.isdir(out or '.'), 'out', out, 'a new file')
     form, files = _check(teacher, form, top, batch_size), image_paths(images)
     about = {'network': teacher.fingerprint(), 'images': _named(files),
              'side': form.side, 'whole': form.whole, 'top': top, 'batch_size': batch_size}
-    table = _Table(out, about, resume) if out else _Printed(resume)
-    rows, bad = table.kept(batch_size, len(files))
-    for batch in _batches(teacher, files[rows:], form, top, batch_size):
-        table.add(top, batch)
-        bad += sum(p.error != '' for p in batch)
-    table.finish()
-    return bad, len(files)
+    ask = lambda some: _batches(teacher, some, form, top, batch_size)
+    with locked(out, 'out', is_file=True) if out else nullcontext():
+        table = _Table(out, about, resume) if out else _Printed(resume)
+        return _write(table, ask, files, batch_size, top), len(files)
+
+# %% ../nbs/inference.ipynb #ddinfere
+guard(globals())

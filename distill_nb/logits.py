@@ -7,6 +7,7 @@ __all__ = ['by_luck', 'probability_kind', 'fell_below', 'check_teacher', 'Distil
 
 # %% ../nbs/05_logits.ipynb #043b45c6
 import math, warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .files import must
-from .losses import UNLABELLED, DistillationLoss, kd_loss
-from .data import Batch, check_data
+from .doors import guard, must, number, whole
+from .losses import UNLABELLED, DistillationLoss, TopK, check_rows, kd_loss, upcast
+from .data import Batch, Data
 from .training import (Heads, Objective, check_answers, check_class_weights,
                                  check_classes, check_student, heads, logits_of, teacher_of)
 
@@ -83,6 +84,20 @@ def _guesses(logits, labels):
     if _hardly_told(labels): return bool(fitting.min() > 0.05)
     return bool(fitting[:2].min() > 0.001)
 
+# %% ../nbs/05_logits.ipynb #d1d00012
+def _check_exam(logits, labels, chance):
+    "Refuse answers, labels and shares of classes that do not belong together."
+    check_rows(logits, 'logits')
+    must(logits.ndim == 2, 'the shape of logits', tuple(logits.shape), '(n, C)')
+    (n, C), whole_numbers = logits.shape, labels.dtype in (torch.int64, torch.int32, torch.uint8)
+    must(whole_numbers and labels.shape == (n,), 'labels', labels, f'{n} whole numbers')
+    must(0 <= labels.min() and labels.max() < C, 'labels', labels, f'from 0 to {C - 1}')
+    check_answers(upcast(logits), labels, 'the teacher')
+    if chance is None: return
+    fine = not chance.is_complex() and chance.shape == (C,) and (chance >= 0).all()
+    fine = fine and abs(chance.double().sum() - 1) < 0.01
+    must(fine, 'chance', chance, f'a share for each of {C} classes, together 1')
+
 # %% ../nbs/05_logits.ipynb #218b1bf6
 def by_luck(
     logits:Tensor, # The teacher's, shape (n, C)
@@ -90,6 +105,7 @@ def by_luck(
     chance:Tensor|None=None, # Share of each class, shape (C,); None: as in the labels
 )->bool:
     "Could a guesser, or a head that was never trained, have done as well?"
+    _check_exam(logits, labels, chance)
     reached, needed = _exam_marks(logits, labels), _pass_marks(labels, chance)
     knows = (reached.balanced > needed.balanced + 1e-9 or reached.loss <= needed.loss
              or reached.balanced_loss <= needed.balanced_loss)
@@ -102,6 +118,9 @@ def probability_kind(
     outputs:Tensor, # A model's outputs, shape (..., C)
 )->str|None: # 'softmax', 'sigmoid', or None for logits
     "What made these numbers, if they are probabilities and no logits."
+    some = outputs.ndim > 0 and outputs.numel() > 0
+    must(some, 'the shape of outputs', tuple(outputs.shape), 'that of at least 1 row')
+    outputs = upcast(outputs, 'outputs')
     if outputs.min() < 0 or outputs.max() > 1: return None
     if ((outputs.sum(-1) - 1).abs() < 0.01).all(): return 'softmax'  # as exact as bfloat16 adds
     return 'sigmoid' if outputs.amax(-1).median() > 0.5 else None
@@ -121,11 +140,14 @@ def _refuse_probabilities(outputs):
 # %% ../nbs/05_logits.ipynb #a6de0b53
 def fell_below(
     now:float, # Share of right answers
-    n:int, # How many there are
+    n:int, # How many there are, at most 10⁸: the test takes a time in proportion
     then:float, # Share that was reached before
     items:int, # Of how many
 )->bool:
     "Is the share lower than it was by more than luck explains? Fisher's exact test, one-sided."
+    for name, share in (('now', now), ('then', then)):
+        must(0 <= number(share) <= 1, name, share, 'from 0 to 1')
+    for name, count in (('n', n), ('items', items)): whole(name, count, 1, 10**8)
     from scipy.stats import hypergeom
     right, before = round(now * n), round(then * items)
     return bool(hypergeom.cdf(right, n + items, right + before, n) < 0.0005)
@@ -262,14 +284,14 @@ def _fell_short(teacher, asked, found, order):
 # %% ../nbs/05_logits.ipynb #500523d1
 def check_teacher(
     teacher:nn.Module, # Maps inputs to logits (B, ..., C); or a Teacher
-    data, # Labelled items that it was not trained on: the validation split
+    data:Data, # Labelled items that it was not trained on: the validation split
     items:int=1000, # How many of them to ask about, at most; fewer if each has many places
 )->float: # The primary measure of the data, on these items
     "Raise a `ValueError` if a teacher guesses, gives probabilities, or is worse than it was."
-    check_data(data)
-    teacher, primary = teacher_of(teacher), data.measures[0]
+    whole('items', items)
+    teacher = teacher_of(teacher)
     check_classes(teacher, data, 'the teacher')
-    asked, judge = _some(data, items)
+    (asked, judge), primary = _some(data, items), data.measures[0]
     teacher.check_outputs(next(teacher.own(asked).batches(64)).x)
     _check_record(teacher.reached or {}, asked.measures)
     found, logits, labels = _sit(teacher, asked, judge)
@@ -289,7 +311,7 @@ class Distill(Objective):
         teacher:nn.Module, # Maps inputs to logits (B, ..., C); or a Teacher
         temperature:float=4., # T > 0
         alpha:float=0.9, # Weight of the soft part, in [0, 1]
-        divergence=kd_loss, # Soft loss: any function (student_logits, teacher_logits, temperature)
+        divergence:Callable=kd_loss, # Soft loss, of student_logits, teacher_logits, temperature
         standardize:bool=False, # Logit standardisation, Sun et al. 2024
         examine:bool=True, # Must the teacher be better than chance?
         **loss, # More settings of DistillationLoss: label_smoothing, class_weights
@@ -309,7 +331,7 @@ def forward(self:Distill, batch:Batch)->dict:
 @patch
 def learned(self:Distill,
     own:Heads, # What the student gave for the batch
-    v:Tensor, # What the teacher answered, logits (B, ..., C) or the largest of them
+    v:Tensor|TopK, # What the teacher answered, logits (B, ..., C) or the largest of them
     batch:Batch, # Its labels and weights are used
 )->dict: # {name: scalar}
     "The parts of the loss; of two heads the first learns from labels, the second from the teacher."
@@ -329,8 +351,8 @@ def _same_weights(
 # %% ../nbs/05_logits.ipynb #a0b34532
 @patch
 def check(self:Distill,
-    data, # The training set
-    valid=None, # The validation split, on which the exam is held if it is given
+    data:Data, # The training set
+    valid:Data|None=None, # The validation split, on which the exam is held if it is given
 ):
     "Class counts of student, teacher and data, and the teacher's exam."
     check_student(self.model, data, 'the student')
@@ -391,3 +413,6 @@ def explain(self:Distill, batch:Batch)->str|None:
     except ValueError as error: return str(error)
     z, v = (_rows(logits, batch.weight) for logits in (z, v))
     return _alone(z, v, 'student', 'teacher') or _alone(v, z, 'teacher', 'student')
+
+# %% ../nbs/05_logits.ipynb #dd05logi
+guard(globals())

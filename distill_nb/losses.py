@@ -9,6 +9,7 @@ __all__ = ['UNLABELLED', 'upcast', 'log_soften', 'check_temperature', 'check_row
 
 # %% ../nbs/01_losses.ipynb #514956bc
 import inspect, math, zlib
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 import torch
@@ -16,13 +17,16 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch, store_attr
 
-from .files import function_name, must, number
+from .doors import guard, must, number, plain, whole
+from .files import function_name
 
 # %% ../nbs/01_losses.ipynb #d7ee2cfb
 def upcast(
-    x:Tensor # Numbers of any type
-) -> Tensor: # float64 stays float64, everything else becomes float32
+    x:Tensor,     # Real numbers of any type
+    name:str='x'  # Of the argument
+) -> Tensor:      # float64 stays float64, everything else becomes float32
     "The precision in which every loss of this module is computed."
+    must(not x.is_complex(), name, x.dtype, 'a tensor of real numbers')
     return x if x.dtype == torch.float64 else x.float()
 
 # %% ../nbs/01_losses.ipynb #5d47468b
@@ -31,7 +35,10 @@ def log_soften(
     temperature:float=1.0 # T > 0
 ) -> Tensor:              # Logarithms of the softened probabilities, shape (..., C)
     "log softmax(logits / T), row by row."
-    logits = upcast(logits)
+    must(0 < number(temperature) < math.inf, 'temperature', temperature, 'greater than 0')
+    shape = tuple(logits.shape)
+    must(shape and shape[-1] > 0, 'the shape of logits', shape, '(..., C)')
+    logits = upcast(logits, 'logits')
     below = logits - logits.amax(-1, keepdim=True).detach()  # before a small T magnifies them
     return F.log_softmax(below / temperature, dim=-1)
 
@@ -127,7 +134,7 @@ UNLABELLED = -100  # The label of a place without label: torch's ignore_index
 
 # %% ../nbs/01_losses.ipynb #12422c3c
 def check_temperature(
-    temperature:float,      # To be checked
+    temperature:object,     # To be checked
     name:str='temperature'  # Of the argument
 ):
     "Refuse temperatures beyond which T² times a float32 loss is no number."
@@ -139,6 +146,8 @@ def check_rows(
     name:str       # Of the argument
 ):
     "Refuse what is not rows of logits, one for each class."
+    real = not logits.is_complex() and logits.dtype != torch.bool
+    must(real, name, logits.dtype, 'a tensor of real numbers')
     if logits.ndim >= 2 and logits.numel() > 0 and logits.shape[-1] >= 2: return
     hint = ('. A model with one output z chooses between two classes: give the logits 0 and z'
             if logits.ndim >= 2 and logits.shape[-1] == 1 else '')
@@ -155,20 +164,22 @@ def check_logits(
         shapes = f'{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}'
         raise ValueError('student_logits and teacher_logits must have the same shape (..., C), '
                          f'but have {shapes}.')
-    check_rows(student_logits, 'student_logits and teacher_logits')
+    for logits in (student_logits, teacher_logits):
+        check_rows(logits, 'student_logits and teacher_logits')
 
 # %% ../nbs/01_losses.ipynb #5f61797c
 def _check_weights(name, weights, shapes, allowed):
     "Refuse all but a tensor of one of these shapes with finite numbers of at least 0."
     found = tuple(weights.shape) if isinstance(weights, Tensor) else weights
     must(isinstance(weights, Tensor) and found in shapes, name, found, allowed)
+    must(not weights.is_complex(), name, weights.dtype, 'a tensor of real numbers')
     if weights.device.type == 'cpu' and not torch.compiler.is_compiling():
         fine = bool(((weights >= 0) & (weights < math.inf)).all())
         must(fine, name, weights, 'finite and at least 0')
 
 def check_weight(
     name:str,              # Of the argument
-    weight,                # To be checked
+    weight:object,         # To be checked
     shape:tuple|None=None, # A tensor of this shape will do as well
 ):
     "Refuse weights that are negative or not finite."
@@ -176,6 +187,7 @@ def check_weight(
         allowed = f'a number, or a tensor of the shape {shape}, one number for each row of logits'
         return _check_weights(name, weight, ((), shape), allowed)
     must(0 <= number(weight) < math.inf, name, weight, 'a finite number of at least 0')
+    must(weight <= 3e38, name, weight, 'at most 3e38, which float32 can hold')
 
 # %% ../nbs/01_losses.ipynb #c6c44a9e
 def _check_kind(labels, logits, soft):
@@ -245,6 +257,8 @@ def rows_there(
     weight:Tensor # Weights of places, shape (B, ...)
 ) -> Tensor:      # bool, shape (B,)
     "Which rows have any weight; a loss with this weight is a mean over them."
+    some = weight.ndim > 0 and weight.numel() > 0 and not weight.is_complex()
+    must(some, 'weight', weight, 'a tensor of real numbers, with at least 1 row')
     return (weight.reshape(len(weight), -1) > 0).any(1)
 
 # %% ../nbs/01_losses.ipynb #fc1a1451
@@ -333,13 +347,29 @@ def hard_loss(
     if weight is None: return terms('sum') / len(labels)
     return _reduce(terms('none').view(weight.shape), 'batchmean', 1, weight)
 
+# %% ../nbs/01_losses.ipynb #f3f00004
+def _name(divergence):
+    "The name of a function, its settings left out."
+    f = divergence.func if isinstance(divergence, partial) else divergence
+    return getattr(f, '__name__', type(f).__name__)
+
+def _wants(divergence):
+    "Does a divergence take labels, and a weight? One that does not say gets neither."
+    f = divergence.forward if isinstance(divergence, nn.Module) else divergence
+    try: found = inspect.signature(f).parameters
+    except (TypeError, ValueError): return False, False
+    takes = 'temperature' in found or any(p.kind == p.VAR_KEYWORD for p in found.values())
+    must(takes, 'divergence', _name(divergence),
+         'a function with a parameter temperature, such as kd_loss')
+    return 'labels' in found, 'weight' in found
+
 # %% ../nbs/01_losses.ipynb #4e3d0b9e
 class DistillationLoss(nn.Module):
     "(1-α) · cross-entropy with the labels + α · T² · KL(teacher ‖ student)."
     def __init__(self,
         temperature:float=3.0,         # T > 0
         alpha:float=0.5,               # Weight of the soft part, from 0 (labels only) to 1
-        divergence=kd_loss,            # Takes logits, temperature=, labels= and weight= if it can
+        divergence:Callable=kd_loss,   # Takes logits, temperature=, labels= and weight= if it can
         standardize:bool=False,        # Z-score the logits of both for the soft part?
         label_smoothing:float=0.,      # ε, of the hard part
         class_weights:Tensor|None=None # ω, of the hard part, shape (C,)
@@ -348,17 +378,13 @@ class DistillationLoss(nn.Module):
         must(0 <= number(alpha) <= 1, 'alpha', alpha, 'from 0 to 1')
         check_temperature(temperature)
         _check_settings(label_smoothing, class_weights)
+        given = temperature, alpha, standardize, label_smoothing
+        temperature, alpha, standardize, label_smoothing = map(plain, given)
         store_attr(but='class_weights')
         self.register_buffer('class_weights', class_weights, persistent=False)  # goes where we go
-        wanted = inspect.signature(divergence).parameters
-        self.wants_labels, self.wants_weight = 'labels' in wanted, 'weight' in wanted
+        self.wants_labels, self.wants_weight = _wants(divergence)
 
 # %% ../nbs/01_losses.ipynb #5b0f8e3a
-def _name(divergence):
-    "The name of a function, its settings left out."
-    f = divergence.func if isinstance(divergence, partial) else divergence
-    return getattr(f, '__name__', type(f).__name__)
-
 @patch
 def _more(self:DistillationLoss, student_logits, labels, weight):
     "What the divergence asks for, by name."
@@ -373,8 +399,8 @@ def _more(self:DistillationLoss, student_logits, labels, weight):
 @patch
 def soft(self:DistillationLoss,
     student_logits:Tensor,  # Raw scores, shape (..., C)
-    teacher_logits:Tensor,  # Raw scores, shape (..., C), or their k largest as a TopK
-    labels:Tensor=None,     # Shape (...); only for a divergence that wants them
+    teacher_logits:Tensor|tuple,  # Raw scores, shape (..., C), or their k largest as a TopK
+    labels:Tensor|None=None, # Shape (...); only for a divergence that wants them
     weight:Tensor|None=None # Of the places, shape (...); 0: not there
 ) -> Tensor:                # A scalar
     "The divergence from the teacher, without its weight."
@@ -389,12 +415,12 @@ def soft(self:DistillationLoss,
 @patch
 def parts(self:DistillationLoss,
     student_logits:Tensor,  # Raw scores, shape (..., C)
-    teacher_logits:Tensor,  # Raw scores, shape (..., C); may be None if alpha = 0
-    labels:Tensor=None,     # As for hard_loss; may be None if alpha = 1
+    teacher_logits:Tensor|tuple|None,  # Raw scores, shape (..., C); may be None if alpha = 0
+    labels:Tensor|None=None, # As for hard_loss; may be None if alpha = 1
     weight:Tensor|None=None # Of the places, shape (...); 0: not there
 ) -> dict:                  # {'hard': scalar, 'soft': scalar}
     "The weighted parts; what has weight 0 is not computed."
-    hard = soft = upcast(student_logits).new_zeros(())
+    hard = soft = upcast(student_logits, 'student_logits').new_zeros(())
     more = self.label_smoothing, self.class_weights, weight
     if self.alpha < 1: hard = (1 - self.alpha) * hard_loss(student_logits, labels, *more)
     if self.alpha > 0: soft = self.alpha * self.soft(student_logits, teacher_logits, labels, weight)
@@ -404,8 +430,8 @@ def parts(self:DistillationLoss,
 @patch
 def forward(self:DistillationLoss,
     student_logits:Tensor,  # Raw scores, shape (..., C)
-    teacher_logits:Tensor,  # Raw scores, shape (..., C); may be None if alpha = 0
-    labels:Tensor=None,     # As for hard_loss; may be None if alpha = 1
+    teacher_logits:Tensor|tuple|None,  # Raw scores, shape (..., C); may be None if alpha = 0
+    labels:Tensor|None=None, # As for hard_loss; may be None if alpha = 1
     weight:Tensor|None=None # Of the places, shape (...); 0: not there
 ) -> Tensor:                # A scalar
     "The sum of the parts."
@@ -516,7 +542,7 @@ def dkd_loss(
     labels:Tensor,             # Class numbers, (...); for UNLABELLED the teacher's first choice
     temperature:float=4.0,     # T > 0
     alpha:float=1.0,           # Weight of the target part TCKD
-    beta:float=8.0,            # Weight of the non-target part NCKD: a number, or shape (...)
+    beta:float|Tensor=8.0,     # Weight of the non-target part NCKD: a number, or shape (...)
     reduction:str='batchmean', # 'batchmean', 'sum' or 'none'
     weight:Tensor|None=None    # Of the places, shape (...); 0: not there
 ) -> Tensor:                   # T² · (α·TCKD + β·NCKD)
@@ -587,6 +613,14 @@ def _tail(logits, places, temperature):
     sums = (others / temperature).masked_fill(none, 0.).logsumexp(-1, keepdim=True)
     return temperature * sums.masked_fill(none, -math.inf)
 
+def _check_kept(teacher, logits):
+    "Refuse a teacher whose largest logits are not those of these places and classes."
+    shape, kept = tuple(logits.shape), tuple(teacher.places.shape)
+    must(kept[:-1] == shape[:-1], 'the shape of teacher', kept, f'{shape[:-1]} and k')
+    if teacher.places.device.type == 'cpu' and not torch.compiler.is_compiling():
+        fine = bool(((teacher.places >= 0) & (teacher.places < shape[-1])).all())
+        must(fine, 'teacher', teacher.places, f'one that names classes in 0..{shape[-1] - 1}')
+
 # %% ../nbs/01_losses.ipynb #3ea4aaad
 class TopK(NamedTuple):
     "A teacher's k largest logits, and one bucket for all other classes."
@@ -600,6 +634,9 @@ def top_k(
     temperature:float=1.0 # T > 0, of the loss that will be computed
 ) -> TopK:
     "The k largest logits of each row and a bucket for the rest."
+    check_rows(logits, 'logits')
+    whole('k', k, 1, logits.shape[-1] - 1)
+    check_temperature(temperature)
     values, places = upcast(logits).topk(k)
     return TopK(values, places, _tail(logits, places, temperature))
 
@@ -610,6 +647,9 @@ def collapse(
     temperature:float=1.0  # T > 0
 ) -> tuple:                # Logits of student and teacher over the same k + 1 classes, (..., k+1)
     "Teacher and student with all classes that the teacher does not name merged into one."
+    check_rows(student_logits, 'student_logits')
+    check_temperature(temperature)
+    _check_kept(teacher, student_logits)
     kept = student_logits.gather(-1, teacher.places)
     tail = _tail(student_logits, teacher.places, temperature)
     return torch.cat([kept, tail], -1), torch.cat([teacher.values, teacher.tail], -1)
@@ -624,3 +664,6 @@ def check_top(self:DistillationLoss):
     if why: raise ValueError(
         f'the teacher must give the logits of all classes for {why}, but gives its largest and one '
         'bucket for the rest (TopK): kd_loss, reverse_kl_loss and jsd_loss take those.')
+
+# %% ../nbs/01_losses.ipynb #dd01loss
+guard(globals())

@@ -7,17 +7,19 @@ __all__ = ['METHODS', 'Task', 'Method', 'contender', 'rehearse', 'choose_setting
 
 # %% ../nbs/methods.ipynb #20c9395e
 import copy, inspect
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .files import fingerprint, must
+from .doors import guard, must
+from .files import fingerprint
 from .losses import dist_loss, dkd_loss
-from .data import check_data
+from .data import Data, check_data
 from .training import (Recipe, Setup, Supervised, Teacher, fit, placed,
                                  teacher_of)
 from .compare import Contender, choose
@@ -29,17 +31,17 @@ from .data_free import DATA_FREE, DataFree, Generator, Noise
 # %% ../nbs/methods.ipynb #3c994648
 class Task(NamedTuple):
     "What a method may use."
-    make_student: object # Called without arguments; makes a new student
+    make_student: Callable # Called without arguments; makes a new student
     teacher: nn.Module # Trained: a network or a Teacher; a CachedTeacher is welcome
-    labelled: object # The images with labels, an ImageData
-    transfer: object # All images, of which some may have no label
+    labelled: Data # The images with labels
+    transfer: Data # All images, of which some may have no label
     recipe: Recipe # The one of all students
     setup: Setup = Setup() # Where a network that is trained before the student is trained and kept
-    class_weights: object = None # A tensor (C,), how much each class counts; None: all alike
+    class_weights: Tensor|list|None = None # Shape (C,), how much each class counts; None: all alike
 
 class Method(NamedTuple):
     "A way to train a student, and the settings that are tried for it."
-    make: object # Function (task, **setting) that gives a Contender
+    make: Callable # Function (task, **setting) that gives a Contender
     grid: tuple # Settings, as dicts
     about: str # What it learns from
 
@@ -156,7 +158,7 @@ METHODS |= {
 
 # %% ../nbs/methods.ipynb #37254635
 def _settings_of(name):
-    must(name in METHODS, 'method', name, f"one of {', '.join(METHODS)}")
+    must(name in METHODS, 'name', name, f"one of {', '.join(METHODS)}")
     return list(METHODS[name].grid)
 
 def _check_setting(name, setting):
@@ -221,8 +223,8 @@ def _check_settings(settings):
 def choose_setting(
     name:str, # A key of METHODS
     task:Task, # What it may use
-    valid, # Validation split, on which the choice is made
-    settings=None, # Settings to choose from; None: the method's own
+    valid:Data, # Validation split, on which the choice is made
+    settings:list|None=None, # Settings to choose from; None: the method's own
     **setup, # Fields of Setup, as for choose
 )->tuple: # The best setting, and a row for each, with None as its measure where it diverged
     "Try each setting once on the validation split; the first of the best wins."
@@ -237,3 +239,6 @@ def choose_setting(
     measure = f'valid_{valid.measures[0].name}'
     return labels[best], [{'method': name, **s, measure: rows[label] and rows[label][measure]}
                           for label, s in labels.items()]
+
+# %% ../nbs/methods.ipynb #ddmethod
+guard(globals())

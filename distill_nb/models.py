@@ -10,7 +10,7 @@ __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56'
            'count_macs', 'measure_latency', 'ModelCost', 'evaluating', 'profile_model', 'human', 'cost_rows']
 
 # %% ../nbs/03_models.ipynb #794a010f
-import copy, re, statistics, time
+import copy, math, re, statistics, time
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
@@ -21,8 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .files import must, pack_weights, reason, whole
+from .doors import guard, must, number, reason, whole
+from .files import pack_weights
 from .weights import _tied, fitting, read_checkpoint
+
+# %% ../nbs/03_models.ipynb #d3d00002
+def _check_counts(**counts):
+    "Refuse a number of channels or classes, or a stride, that no layer has"
+    for name, value in counts.items(): whole(name, value, 1, 10**6)
 
 # %% ../nbs/03_models.ipynb #4049ef5b
 def _conv(n_in, n_out, size=3, stride=1):
@@ -36,6 +42,7 @@ def conv_bn_relu(
     stride:int=1, # 2 halves height and width
 ) -> nn.Sequential:
     "A 3x3 convolution, batch normalisation and ReLU"
+    _check_counts(n_in=n_in, n_out=n_out, stride=stride)
     return nn.Sequential(_conv(n_in, n_out, stride=stride), nn.BatchNorm2d(n_out), nn.ReLU())
 
 # %% ../nbs/03_models.ipynb #aa9cb32b
@@ -44,6 +51,7 @@ def digit_student(
     channels:int=1, # Channels of an image
 ) -> nn.Module:
     "Two convolutions and a linear head: the student for 8x8 and 28x28 digits"
+    _check_counts(classes=classes, channels=channels)
     return nn.Sequential(OrderedDict(
         layer1=conv_bn_relu(channels, 4),  # (B, channels, H, W) -> (B, 4, H, W)
         layer2=conv_bn_relu(4, 8),         # -> (B, 8, H, W)
@@ -57,6 +65,7 @@ def digit_teacher(
     channels:int=1, # Channels of an image
 ) -> nn.Module:
     "Four convolutions, height and width halved twice: the teacher for 8x8 and 28x28 digits"
+    _check_counts(classes=classes, channels=channels)
     return nn.Sequential(OrderedDict(
         layer1=conv_bn_relu(channels, 32),       # (B, channels, H, W) -> (B, 32, H, W)
         layer2=conv_bn_relu(32, 64, stride=2),   # -> (B, 64, H/2, W/2)
@@ -71,6 +80,7 @@ class BasicBlock(nn.Module):
     "Two 3x3 convolutions and a shortcut around them, added before the last ReLU"
     def __init__(self, n_in:int, n_out:int, stride:int=1):
         super().__init__()
+        _check_counts(n_in=n_in, n_out=n_out, stride=stride)
         self.conv1, self.bn1 = _conv(n_in, n_out, 3, stride), nn.BatchNorm2d(n_out)
         self.conv2, self.bn2 = _conv(n_out, n_out), nn.BatchNorm2d(n_out)
         same = n_in == n_out and stride == 1
@@ -91,6 +101,7 @@ class _StagedNet(nn.Module):
     "What all nets for small images share: stem `conv1`, stages `layer1` to `layer3`, head `fc`"
     def __init__(self, block, n, widths, classes, channels):
         super().__init__()
+        _check_counts(classes=classes, channels=channels)
         stem, w1, w2, w3 = widths
         self.conv1 = _conv(channels, stem)
         self.layer1, self.layer2 = _stage(block, n, stem, w1, 1), _stage(block, n, w1, w2, 2)
@@ -115,7 +126,10 @@ class CifarResNet(_StagedNet):
         channels:int=3,                # Channels of an image
         widths:tuple=(16, 16, 32, 64), # Channels of the stem and the three stages
     ):
-        must(depth >= 8 and depth % 6 == 2, 'depth', depth, '6n + 2 (8, 14, 20, 26, ...)')
+        good = 8 <= number(depth) <= 1202 and depth % 6 == 2
+        must(good, 'depth', depth, '6n + 2 (8, 14, 20, 26, ..., 1202)')
+        must(len(widths) == 4, 'widths', widths, 'four numbers: of the stem and of three stages')
+        for w in widths: _check_counts(widths=w)
         super().__init__(BasicBlock, (depth - 2) // 6, widths, classes, channels)
         self.bn1 = nn.BatchNorm2d(widths[0])
 
@@ -132,6 +146,7 @@ class PreActBlock(nn.Module):
     "Two 3x3 convolutions, each behind its normalisation and ReLU, and a shortcut around them"
     def __init__(self, n_in:int, n_out:int, stride:int=1):
         super().__init__()
+        _check_counts(n_in=n_in, n_out=n_out, stride=stride)
         self.bn1, self.conv1 = nn.BatchNorm2d(n_in), _conv(n_in, n_out, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(n_out), _conv(n_out, n_out)
         self.downsample = None if n_in == n_out and stride == 1 else _conv(n_in, n_out, 1, stride)
@@ -150,9 +165,9 @@ class WideResNet(_StagedNet):
         classes:int=10, # Outputs of the head
         channels:int=3, # Channels of an image
     ):
-        allowed = '6n + 4 (10, 16, 22, 28, 34, 40, ...)'
-        must(depth >= 10 and depth % 6 == 4, 'depth', depth, allowed)
-        whole('width', width)
+        good = 10 <= number(depth) <= 1204 and depth % 6 == 4
+        must(good, 'depth', depth, '6n + 4 (10, 16, 22, 28, 34, 40, ..., 1204)')
+        whole('width', width, 1, 100)
         widths = 16, 16 * width, 32 * width, 64 * width
         super().__init__(PreActBlock, (depth - 4) // 6, widths, classes, channels)
         self.bn1 = nn.BatchNorm2d(64 * width)
@@ -178,7 +193,8 @@ def imagenet_weights(
     weights:str, # Name of its weights, e.g. 'IMAGENET1K_V2'
 ) -> dict:       # Tensors by name, as today's torchvision names them
     "ImageNet weights from torch.hub's folder, or else from the network"
-    from torchvision.models import get_model_weights
+    from torchvision.models import get_model_weights, list_models
+    must(name in list_models(), 'name', name, 'that of a model of torchvision')
     known = get_model_weights(name).__members__
     must(weights in known, 'weights', weights, f"None, a file or one of {', '.join(known)}")
     url, read = known[weights].url, known[weights].get_state_dict
@@ -210,22 +226,28 @@ def head_name(
     return found[-1]
 
 # %% ../nbs/03_models.ipynb #d577d245
+def _first_convolution(model):
+    convolutions = (name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    return next(convolutions, None)
+
 def stem_name(
     model:nn.Module, # Network of convolutions
 ) -> str:            # Name of the layer, e.g. 'conv1'
     "The name of the first convolution"
-    return next(name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    name, kind = _first_convolution(model), f'a {type(model).__name__}'
+    if name is None: raise ValueError(f'model, {kind}, has no convolution as its stem.')
+    return name
 
 # %% ../nbs/03_models.ipynb #e388e86b
 def _adapted(model, tensors):
     "`tensors` as `model` can take them, and in words what it has of its own"
     own, tensors, changed = model.state_dict(), dict(tensors), []
-    head, stem = head_name(model), stem_name(model)
-    if (key := f'{head}.weight') in tensors and len(tensors[key]) != len(own[key]):
+    head, stem = head_name(model), _first_convolution(model)
+    if (key := f'{head}.weight') in tensors and tensors[key].shape[:1] != own[key].shape[:1]:
         tensors |= {k: t for k, t in own.items() if k.startswith(f'{head}.')}
         changed.append(f'the head ({head}) is new')
     key = f'{stem}.weight'
-    if key in tensors and (own[key].shape[1], tensors[key].shape[1]) == (1, 3):
+    if key in tensors and (own[key].shape[1], tensors[key].shape[1:2]) == (1, (3,)):
         tensors[key] = tensors[key].sum(1, keepdim=True)
         changed.append(f'the stem ({stem}) sums its three colours')
     return tensors, changed
@@ -245,6 +267,18 @@ def _same_kind(t, own):
     kind = lambda t: (t.is_floating_point(), t.is_complex())
     return kind(t) == kind(own) or not any(kind(own))
 
+# %% ../nbs/03_models.ipynb #d3d00003
+def _first(wrong):
+    "Three of many, for a message"
+    return '; '.join(wrong[:3]) + (f'; and {len(wrong) - 3} more' if wrong[3:] else '')
+
+def _check_tensors(tensors):
+    "Refuse what is not all tensors"
+    other = [k for k, t in tensors.items() if not isinstance(t, Tensor)]
+    if other:
+        kind = type(tensors[other[0]]).__name__
+        raise ValueError(f'tensors must be tensors by name, but {other[0]!r} is a {kind}.')
+
 # %% ../nbs/03_models.ipynb #52fbfb44
 def checked_state(
     model:nn.Module, # Network that is to take the weights
@@ -252,6 +286,7 @@ def checked_state(
     source:str,      # Where they come from, for the message
 ) -> dict:           # For load_state_dict
     "The state of `model` with these weights; other names, shapes or kinds of numbers are refused"
+    _check_tensors(tensors)
     state, shape = model.state_dict(), lambda t: 'x'.join(map(str, t.shape)) or 'one number'
     own = {k: t for k, t in state.items() if isinstance(t, Tensor)}  # all else stays as it is
     tensors = _with_tied(own, tensors)
@@ -262,8 +297,7 @@ def checked_state(
     wrong += [f'{k} is not in the model' for k in tensors if k not in own]
     wrong += [f'{k} is {shape(t)} but must be {shape(own[k])}' for k, t in other]
     wrong += [f'{k} is of {t.dtype} but must be of a kind with {own[k].dtype}' for k, t in kinds]
-    said = '; '.join(wrong[:3]) + (f'; and {len(wrong) - 3} more' if wrong[3:] else '')
-    if wrong: raise ValueError(f'{source} does not hold weights of this model: {said}.')
+    if wrong: raise ValueError(f'{source} does not hold weights of this model: {_first(wrong)}.')
     state.update(tensors)
     return state
 
@@ -274,6 +308,7 @@ def transfer_weights(
     source:str,      # Where they come from, for the message
 ) -> list:           # In words what the model has of its own: 'the head (fc) is new', ...
     "Load weights that were made for other classes, or for colour images where these are grey"
+    _check_tensors(tensors)
     tensors, changed = _adapted(model, tensors)
     model.load_state_dict(checked_state(model, tensors, source))
     return changed
@@ -282,13 +317,15 @@ def transfer_weights(
 def torchvision_resnet(
     name:str,             # 'resnet18', 'resnet34' or 'resnet50'
     classes:int=10,       # Outputs of the head
-    weights=None,         # None (random), a name such as 'IMAGENET1K_V2', or a file
+    weights:str|Path|None=None, # None (random), a name such as 'IMAGENET1K_V2', or a file
     channels:int=3,       # Channels of an image
     stem:str='imagenet',  # 'imagenet' for large images, 'cifar' for small ones
 ) -> nn.Module:
     "torchvision's ResNet, with a new head unless `weights` have one for as many classes"
     from torchvision import models
+    must(re.fullmatch('resnet(18|34|50)', name), 'name', name, 'resnet18, resnet34 or resnet50')
     must(stem in ('imagenet', 'cifar'), 'stem', stem, "'imagenet' or 'cifar'")
+    _check_counts(classes=classes, channels=channels)
     model = _set_stem(getattr(models, name)(num_classes=classes), channels, stem)
     if weights is None: return model
     if re.fullmatch(r'\w+', str(weights)) and not Path(weights).exists():
@@ -312,6 +349,15 @@ def _set_stem(model, channels, stem):
         if isinstance(m, nn.ReLU): m.inplace = False
     return model
 
+# %% ../nbs/03_models.ipynb #d3d00004
+@contextmanager
+def _suiting(x):
+    "Within it a network that fails for this input is a sentence"
+    try: yield
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as e:
+        what = f'x holds {x.dtype} of shape {tuple(x.shape[1:])}, which does not suit the model'
+        raise ValueError(f'{what}: {reason(e)}') from e
+
 # %% ../nbs/03_models.ipynb #218ec691
 def count_macs(
     model:nn.Module, # Network
@@ -323,7 +369,8 @@ def count_macs(
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # many fused kernels hide from the counter
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: model(x)
+        with _suiting(x), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(x)
     finally: torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
 
@@ -335,12 +382,15 @@ def measure_latency(
     warmup:int=5,    # Calls before them
 ) -> float:          # Milliseconds
     "The median time of one call"
+    whole('repeats', repeats, 1, 10_000)
+    whole('warmup', warmup, 0, 10_000)
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
     times = []
-    for _ in range(warmup + repeats):
-        wait(); start = time.perf_counter()
-        model(x)
-        wait(); times.append(time.perf_counter() - start)
+    with _suiting(x):
+        for _ in range(warmup + repeats):
+            wait(); start = time.perf_counter()
+            model(x)
+            wait(); times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times[warmup:])
 
 # %% ../nbs/03_models.ipynb #895d01b7
@@ -364,24 +414,34 @@ def evaluating(
     finally:
         for m, mode in modes: m.training = mode
 
+# %% ../nbs/03_models.ipynb #d3d00006
+def _check_shape(shape):
+    "Refuse what is no shape of an image that fits into memory"
+    for n in shape: whole('each number in shape', n)
+    must(0 < math.prod(shape) <= 2**28, 'shape', shape, 'that of an image of at most 2^28 numbers')
+
+def _place(device):
+    "A device that is there"
+    try: return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'device must be one that is there, but is {device!r}: {reason(e)}') from e
+
 # %% ../nbs/03_models.ipynb #c54a6e4d
 def profile_model(
     model:nn.Module,         # Network; it is left as it was found
     shape:tuple=(3, 32, 32), # Shape of one image
-    device=None,             # Where to measure; None: where the network is
+    device:torch.device|None=None, # Where to measure; None: where the network is
     repeats:int=20,          # Calls that are timed
 ) -> ModelCost:
     "Parameters, MACs, bytes and latency of `model` for one image"
     p = next(model.parameters(), None)
     must(p is not None, 'model', model, 'a network with parameters; of a Teacher give .model')
-    device = torch.device(device or p.device)
+    _check_shape(shape)
+    device = p.device if device is None else _place(device)
     with evaluating(model):
         there = model if device == p.device else copy.deepcopy(model).to(device)
         x = torch.zeros(1, *shape, dtype=p.dtype, device=device)
-        try: macs, latency_ms = count_macs(there, x), measure_latency(there, x, repeats)
-        except RuntimeError as e:
-            said = f'shape {tuple(shape)} does not suit the model: {reason(e)}'
-            raise ValueError(said) from e
+        macs, latency_ms = count_macs(there, x), measure_latency(there, x, repeats)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelCost(parameters, macs, len(pack_weights(model)), latency_ms)
 
@@ -390,6 +450,7 @@ def human(
     n:float, # A count
 ) -> str:    # Three digits and a unit
     "A count as people write it: 12.3 k, 4.56 M"
+    must(math.isfinite(number(n)), 'n', n, 'a finite number')
     for unit in ('', ' k', ' M', ' G'):
         if abs(n) < 999.5 or unit == ' G': return f'{n:.3g}{unit}'
         n /= 1000
@@ -399,6 +460,11 @@ def cost_rows(
     costs:dict, # A ModelCost for each name
 ) -> list:      # A dict for each model, in units that people read
     "Rows of a table of costs"
+    good = all(isinstance(c, ModelCost) for c in costs.values())
+    must(good, 'costs', costs, 'a ModelCost for each name')
     return [dict(model=name, parameters=human(c.parameters), MACs=human(c.macs),
                  file=f'{human(c.bytes)}B', latency=f'{c.latency_ms:.2f} ms')
             for name, c in costs.items()]
+
+# %% ../nbs/03_models.ipynb #dd03mode
+guard(globals())

@@ -11,24 +11,28 @@ __all__ = ['about_data', 'head_of', 'as_json', 'as_png', 'Result', 'stored_resul
 import base64, html, io, json, re, warnings
 from datetime import datetime, timezone
 from importlib.resources import files
+from numbers import Real
 
 import torch
 
-from .files import must
-from .data import Measure, show_images
-from .training import environment, plot_curves
-from .compare import Table, share_interval, table
+from .doors import guard, must, whole
+from .data import Measure, Splits, check_splits, show_images
+from .training import History, environment, plot_curves
+from .compare import Comparison, Table, share_interval, table
 
 # %% ../nbs/report.ipynb #2ab0907b
 def about_data(
     name:str, # As the option --data
-    d, # Splits
+    d:Splits, # Of images
 )->str:
     "A data set in a line."
+    check_splits(d)
+    must(hasattr(d.train, 'channels'), 'd', d, 'splits of images')
     sizes = ', '.join(f'{len(split):,} {part}' for part, split in zip(d._fields, d))
     t = d.train
     return f'{name}: {sizes} images, {t.channels}x{t.size}x{t.size}, {len(t.classes)} classes'
 
+# %% ../nbs/report.ipynb #d3d00034
 def head_of(
     name:str, # Of the result
     command:str, # That makes it again
@@ -37,16 +41,18 @@ def head_of(
     seeds:int, # How many there are
 )->dict:
     "What every result holds beside its rows and its seconds."
+    whole('seeds', seeds)
     about = {'name': name, 'command': command, 'data': data, **environment(device)}
     return about | {'date': f'{datetime.now(timezone.utc):%Y-%m-%d}', 'seeds': seeds}
 
 # %% ../nbs/report.ipynb #839d1c9b
-def as_json(value)->bytes:
+def as_json(value:object)->bytes:
     "A value as the bytes of a JSON file."
     return (json.dumps(value, indent=1) + '\n').encode()
 
-def as_png(fig)->bytes:
+def as_png(fig:object)->bytes:
     "A matplotlib figure as the bytes of a PNG file."
+    must(hasattr(fig, 'savefig'), 'fig', fig, 'a figure of matplotlib')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing from')  # a box is drawn in its place
         fig.savefig(out := io.BytesIO(), format='png', dpi=110)
@@ -143,12 +149,20 @@ def result_columns(
         'agreement %': lambda r: _percent(r['agreement']),
         'ECE %': lambda r: _percent(r.get('ece'))}
 
+# %% ../nbs/report.ipynb #d3d00031
+def _check_rows(rows, *keys):
+    "Refuse rows that are none of a result, for they lack one of these keys."
+    good = all(isinstance(r, dict) and all(k in r for k in keys) for r in rows)
+    must(good, 'rows', rows, f"dicts with {', '.join(keys)}")
+
 # %% ../nbs/report.ipynb #832d564e
 def result_table(
     rows:list, # Of a result
     measure:Measure, # Of the same result
 )->Table:
     "The rows of a result as they are printed."
+    _check_rows(rows, 'setting', 'model', 'parameters', 'macs', 'bytes', 'latency_ms',
+                measure.name, 'ci95', 'agreement')
     return table(rows, columns=result_columns(measure))
 
 # %% ../nbs/report.ipynb #4abc29ae
@@ -156,6 +170,8 @@ def show_setting(
     setting:dict, # {name: number}
 )->str:
     "A method's setting in a line: T=4, alpha=0.9."
+    good = all(isinstance(k, str) and isinstance(v, Real) for k, v in setting.items())
+    must(good, 'setting', setting, 'numbers by name')
     names = {'temperature': 'T'}
     return ', '.join(f"{names.get(k, k.replace('_', ' '))}={v:g}" for k, v in setting.items())
 
@@ -184,8 +200,10 @@ def verdicts(
     measure:Measure, # Of the same result
 )->list: # Sentences
     "What the paired differences say, setting by setting."
-    out = []
-    for r in (r for r in rows if 'difference' in r):
+    _check_rows(rows, 'setting')
+    found, out = [r for r in rows if 'difference' in r], []
+    _check_rows(found, 'chosen', 'difference_ci95')
+    for r in found:
         others = [o for o in rows if o['setting'] == r['setting'] and 'difference' in o]
         where = _LABELS.get(r['setting'], r['setting'].replace('_', ' ')) + _how(r, others)
         said = _said_of(r['difference_ci95'], measure)
@@ -198,6 +216,9 @@ def class_table(
     setting:str, # One of its settings
 )->Table:
     "What share of each class the teacher and the students recognise, in percent."
+    must({'rows', 'classes'} <= set(result), 'result', result, 'one of a run, with its classes')
+    known = list(dict.fromkeys(r['setting'] for r in result['rows']))
+    must(setting in known, 'setting', setting, f"one of {', '.join(known)}")
     rows = [r for r in result['rows'] if r['setting'] == setting and 'class_accuracy' in r]
     def share(row): return lambda c: _percent(row['class_accuracy'][c['label']])
     def number(of): return lambda c: f'{of(c):,}'
@@ -215,6 +236,9 @@ def free_text(
     measure:Measure|None, # Of the data to measure by; None: there were none
 )->str:
     "What came of distilling without data: a table where there were data to measure by."
+    whole('images', images, 0)
+    must(len(rows) == 2, 'rows', rows, 'two, of the teacher and the student')
+    _check_rows(rows[1:], 'steps', 'seconds', 'agreement_generated')
     teacher, student = rows
     took = f"{student['steps']:,} steps, {student['seconds']:.0f} s"
     if measure is None:
@@ -232,10 +256,15 @@ def _figure(rows, height):
     fig = Figure(figsize=(9, height * rows), layout='constrained')
     return fig, fig.subplots(rows, 2, squeeze=False)
 
+def _check_comparisons(comparisons):
+    good = [isinstance(c, Comparison) for c in comparisons.values()]
+    must(good and all(good), 'comparisons', comparisons, 'a Comparison for each setting')
+
 def draw_curves(
     comparisons:dict, # {setting: Comparison}
 ): # A matplotlib figure
     "Losses of the first seed's runs, and the measure on the validation split over the steps."
+    _check_comparisons(comparisons)
     fig, axes = _figure(len(comparisons), 2.8)
     for (setting, comparison), pair in zip(comparisons.items(), axes):
         plot_curves(comparison.histories, pair)
@@ -249,9 +278,12 @@ def draw_comparison(
     rows:list, # Of the result
 ): # A matplotlib figure
     "The measure of every seed, with the teacher's as a line, and the paired difference."
+    _check_comparisons(comparisons)
+    _check_rows(rows, 'setting', 'model')
     most = max(len(c.names) for c in comparisons.values())
     fig, axes = _figure(len(comparisons), 2.6 + 0.1*most)
     teachers = {r['setting']: r for r in rows if r['model'] == 'teacher'}
+    must(set(comparisons) <= set(teachers), 'rows', rows, 'with a teacher for each setting')
     for (setting, comparison), ax in zip(comparisons.items(), axes):
         comparison.plot(ax)
         teacher, name = teachers[setting], comparison.primary.name
@@ -263,7 +295,7 @@ def draw_comparison(
 
 # %% ../nbs/report.ipynb #920e9d27
 def draw_learning(
-    history, # Of one student
+    history:History, # Of one student
 ): # A matplotlib figure
     "The losses of each step, and the measure over the steps where it was taken."
     fig, axes = _figure(1, 2.8)
@@ -271,14 +303,26 @@ def draw_learning(
     axes[0, 0].set_yscale('symlog')
     return fig
 
+# %% ../nbs/report.ipynb #d3d00032
+def _check_drawn(images, **normalisation):
+    "Refuse what are no images, or a normalisation for other ones."
+    good = images.ndim == 4 and images.numel() and not images.is_complex()
+    must(good, 'images', f'{images.dtype} of shape {tuple(images.shape)}', 'numbers of four axes')
+    for name, values in normalisation.items():
+        fits = [isinstance(v, Real) for v in values or ()] == [True] * images.shape[1]
+        must(values is None or fits, name, values, 'a number for each channel')
+    must(len({v is None for v in normalisation.values()}) == 1, 'mean and std',
+         list(normalisation.values()), 'given together or not at all')
+
 # %% ../nbs/report.ipynb #6294b889
 def draw_images(
     images:torch.Tensor, # As the teacher takes them, shape (N, channels, size, size)
-    mean, # Of each channel, on the scale 0 to 1; None: not known
-    std, # The same
+    mean:list|None, # Of each channel, on the scale 0 to 1; None: not known
+    std:list|None, # The same
 ): # A matplotlib figure
     "Images that were made; with unknown normalisation, from the least value to the greatest."
     import matplotlib.pyplot as plt
+    _check_drawn(images, mean=mean, std=std)
     x = images.cpu()
     low, high = (x.amin(), x.amax()) if mean is None else (0., 1.)
     if mean is not None:
@@ -386,6 +430,15 @@ def _notes(result):
               if tried else 'Settings were given.')
     return few, choice
 
+# %% ../nbs/report.ipynb #d3d00033
+def _check_report(result, pictures, *names):
+    "Refuse a result that lacks a part, and pictures that are none."
+    keys = *names, 'rows', 'measure', 'seconds', 'resumed', 'seeds', 'tries', 'labelled_images'
+    lacks = [k for k in keys if k not in result]
+    if lacks: raise ValueError(f"result must be that of a run, but lacks {', '.join(lacks)}.")
+    good = all(isinstance(k, str) and isinstance(v, bytes) for k, v in pictures.items())
+    must(good, 'pictures', pictures, 'the bytes of PNG files by caption')
+
 # %% ../nbs/report.ipynb #f14827b6
 def make_report(
     result:dict, # Of a run
@@ -395,6 +448,7 @@ def make_report(
 )->str: # HTML
     "One self-contained HTML page: what was done, the table, the pictures, how to repeat it."
     names = 'name', 'data', 'command', 'hardware', 'software', 'date'
+    _check_report(result, pictures, *names)
     plain = {k: html.escape(str(result[k])) for k in names}
     rows, measure = result['rows'], result['measure']
     about = html.escape(_about(result, measure), quote=False)
@@ -405,3 +459,6 @@ def make_report(
                         classes=_html_classes(result), images=_html_images(pictures), about=about,
                         choice=choice, seconds=seconds, folder=folder, **plain,
                         recipe=html.escape(json.dumps(recipe, indent=1)))
+
+# %% ../nbs/report.ipynb #ddreport
+guard(globals())

@@ -9,8 +9,8 @@ __all__ = ['generation_seed', 'Generations', 'born_again', 'Ensemble', 'run_unti
 
 # %% ../nbs/08_self.ipynb #11f93d6c
 import copy, math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 
 import torch
@@ -18,13 +18,14 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .files import fingerprint, must
+from .doors import guard, must, number, whole
+from .files import fingerprint
 from .losses import (DistillationLoss, check_logits, check_temperature, check_weight,
                                hard_loss, log_soften, rows_there, upcast)
-from .data import Batch, ImageData, check_data, mix
+from .data import Batch, Data, ImageData, check_data, mix
 from .models import count_macs, evaluating
-from .training import (Objective, Supervised, device_of, evaluate, fit, fit_device,
-                                 heads, logits_in, placed, setup_of)
+from .training import (Objective, Recipe, Supervised, _tried, device_of, evaluate, fit,
+                                 fit_device, heads, logits_in, placed, setup_of)
 from .logits import Distill
 from .features import find_layers, head_input, listening, stage_names, tap
 
@@ -34,6 +35,7 @@ def generation_seed(
     generation:int, # Counted from 0
 )->int: # Seeds the initial weights, the order and the views of this generation
     "The recipe's own seed for generation 0, one hashed from it for every other."
+    whole('generation', generation, 0)
     return seed if generation == 0 else int(mix(seed, generation)) % 2**31
 
 # %% ../nbs/08_self.ipynb #5085387e
@@ -58,8 +60,9 @@ class Generations:
 # %% ../nbs/08_self.ipynb #da704e0b
 def _lineage(make_student, recipe, generations, temperature, alpha, device):
     "What trains each generation, and its recipe; made when the last one is trained."
-    must(isinstance(generations, int) and generations >= 1, 'generations', generations,
-         'a whole number of at least 1')
+    must(not isinstance(make_student, nn.Module), 'make_student', type(make_student).__name__,
+         'a function that makes a new network, such as lambda: copy.deepcopy(network)')
+    whole('generations', generations, 1, 1000)
     DistillationLoss(temperature, alpha)  # refuses bad settings now, not after generation 0
     last = None
     for k in range(generations):
@@ -67,6 +70,7 @@ def _lineage(make_student, recipe, generations, temperature, alpha, device):
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             torch.manual_seed(own.seed)
             model = make_student()
+        must(isinstance(model, nn.Module), 'what make_student gives', model, 'a network')
         if last is None: objective = Supervised(model)
         else: objective = Distill(model, last, temperature, alpha, examine=False)
         yield objective, own
@@ -74,11 +78,11 @@ def _lineage(make_student, recipe, generations, temperature, alpha, device):
 
 # %% ../nbs/08_self.ipynb #ce7401fe
 def born_again(
-    make_student, # Called without arguments; makes a new network (the seed is set before)
-    data, # Training data with labels
-    recipe, # How to train each generation
-    valid=None, # Validation split; None: nothing is measured
-    generations:int=3, # How many, generation 0 included
+    make_student:Callable, # Called without arguments; makes a new network (the seed is set before)
+    data:Data, # Training data with labels
+    recipe:Recipe, # How to train each generation
+    valid:Data|None=None, # Validation split; None: nothing is measured
+    generations:int=3, # How many, generation 0 included; at most 1,000, since all are kept
     temperature:float=1., # T > 0
     alpha:float=0.5, # Weight of the soft part from generation 1 on, in [0, 1]
     **setup, # Fields of Setup; resume is True if it is not given
@@ -96,13 +100,14 @@ def born_again(
 class Ensemble(nn.Module):
     "Log of the mean of several models' probabilities, Furlanello et al. 2018, section 3.3."
     def __init__(self,
-        models, # Modules that map inputs to logits of the same classes
+        models:list|nn.ModuleList, # Map inputs to logits of the same classes
     ):
         super().__init__()
         single = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
         must(not single, 'models', type(models).__name__, 'a list of models')
         models = list(models)
-        must(len(models) >= 1, 'models', models, 'at least 1 model')
+        known = models and all(isinstance(m, nn.Module) for m in models)
+        must(known, 'models', models, 'a list of at least 1 network')
         self.models = nn.ModuleList(models)
 
     def forward(self,
@@ -125,19 +130,27 @@ def run_until(
     "Run `model` up to `layer`, and nothing behind it."
     def stop(name, output): raise _Stop(output)
     try:
-        with listening(model, layer, stop): model(x)
+        with listening(model, layer, stop): _tried(model, x, 'the network')
     except _Stop as stopped: return stopped.result
     raise ValueError(f'layer must be one that runs for every image, but {layer!r} did not run.')
+
+# %% ../nbs/08_self.ipynb #d4d00002
+def _check_sizes(shape, width, classes):
+    "Refuse sizes of which no head can be made."
+    must(len(shape) in (2, 4), 'shape', tuple(shape), '(B, c, H, W) or (B, c)')
+    sizes = {'shape[1]': shape[1], 'width': width, 'classes': classes}
+    for name, n in sizes.items(): whole(name, n, 1, 2**20)
 
 # %% ../nbs/08_self.ipynb #11a6edb3
 class ExitHead(nn.Module):
     "What an exit adds to the network: an adapter to the deepest features' width, and a classifier."
     def __init__(self,
-        shape, # Of the stage's output: (B, c, H, W) or (B, c)
+        shape:tuple, # Of the stage's output: (B, c, H, W) or (B, c)
         width:int, # Of the deepest features, D
         classes:int, # C
     ):
         super().__init__()
+        _check_sizes(shape, width, classes)
         pool, inputs = [], shape[1]
         if len(shape) == 4:  # (B, c, H, W) -> (B, 4c), before anything is multiplied
             pool, inputs = [nn.AdaptiveAvgPool2d(2), nn.Flatten()], 4 * shape[1]
@@ -167,10 +180,11 @@ class EarlyExits(nn.Module):
     "A network that can answer behind several stages; called with images it is the network itself."
     def __init__(self,
         model:nn.Module, # A staged network that ends in a linear layer; its answer is the deepest
-        layers=None, # Names of the stages with an exit; None: layer1, layer2, ... but the last
-        shape:tuple=None, # Of one image; None: 32x32 with the channels of the first convolution
+        layers:list|None=None, # Names of stages with an exit; None: layer1, ... but the last
+        shape:tuple|None=None, # Of one image; None: 32x32, as many channels as a convolution takes
     ):
         super().__init__()
+        if shape is not None: _check_shape(shape)
         linear = any(isinstance(m, nn.Linear) for m in model.modules())
         must(linear, 'model', type(model).__name__, 'a network that ends in a linear layer, '
              'whose input is taken as the deepest features')
@@ -182,23 +196,27 @@ class EarlyExits(nn.Module):
 
     def __len__(self): return len(self.layers) + 1
 
-# %% ../nbs/08_self.ipynb #44ca9fc2
+# %% ../nbs/08_self.ipynb #d4d00003
+def _check_shape(shape):
+    "Refuse what is not the shape of an image."
+    for n in shape: whole('each number in shape', n)
+    must(len(shape) and math.prod(shape) <= 2**26, 'shape', shape, 'that of one image, of at most '
+         f'{2**26:,} numbers')
+
 def _image_shape(model):
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     must(first, 'shape', None, 'given for a model without convolutions, e.g. shape=(1, 8, 8)')
     return first.in_channels, 32, 32
 
+# %% ../nbs/08_self.ipynb #44ca9fc2
 @patch
 def _try(self:EarlyExits, layers, shape):
     "Outputs of the stages as they run, deepest features and logits, of two black images."
     model, p, ran = self.backbone, next(self.backbone.parameters()), []
     x = torch.zeros(2, *(shape or _image_shape(model)), dtype=p.dtype, device=p.device)
     with evaluating(model), tap(model, [*layers, self.deepest]) as seen:
-        try:
-            with listening(model, layers, lambda name, _: ran.append(name)): output = model(x)
-        except RuntimeError as e:
-            raise ValueError('shape must be that of the images, but the model does not take '
-                             f'{tuple(x.shape[1:])}: {str(e).splitlines()[0]}') from e
+        with listening(model, layers, lambda name, _: ran.append(name)):
+            output = _tried(model, x, 'the model')
     _check_trial(layers, ran, seen, self.deepest)
     return {n: seen[n] for n in ran}, seen[self.deepest], logits_in(output)
 
@@ -233,7 +251,7 @@ def forward(self:EarlyExits,
     exit:int=-1, # Number of the exit; -1 is the deepest
 )->Tensor: # Logits of that exit, shape (B, C)
     "Run up to one exit and answer there; nothing behind it is computed."
-    must(-len(self) <= exit < len(self), 'exit', exit, f'from {-len(self)} to {len(self) - 1}')
+    whole('exit', exit, -len(self), len(self) - 1)
     exit %= len(self)
     if exit == len(self) - 1: return self.backbone(x)
     return self.heads[exit](run_until(self.backbone, self.layers[exit], x))[1]
@@ -244,7 +262,8 @@ def every(self:EarlyExits,
     x:Tensor, # Images, shape (B, channels, H, W)
 )->tuple: # Features, each (B, D), and logits, each (B, C), as two lists with the deepest last
     "Features and logits of all exits, in one pass."
-    with tap(self.backbone, [*self.layers, self.deepest]) as seen: output = self.backbone(x)
+    with tap(self.backbone, [*self.layers, self.deepest]) as seen:
+        output = _tried(self.backbone, x, 'the network with exits')
     features, logits = zip(*(head(seen[n]) for head, n in zip(self.heads, self.layers)))
     return [*features, seen[self.deepest]], [*logits, heads(output, self.backbone).answer]
 
@@ -269,6 +288,7 @@ def at(self:EarlyExits,
     exit:int, # Number of the exit
 )->nn.Module: # Maps images to logits (B, C)
     "An exit as a model of its own."
+    whole('exit', exit, -len(self), len(self) - 1)
     return _AtExit(self, exit)
 
 # %% ../nbs/08_self.ipynb #8ade20f8
@@ -277,16 +297,17 @@ def exit_costs(
     shape:tuple, # Shape of one image (channels, H, W)
 )->list: # A dict per exit: its name; MACs of trunk, head, both, and trunk with all heads so far
     "Multiply-accumulates for one image that stops at each exit."
+    _check_shape(shape)
     p, rows, heads = next(exits.parameters()), [], 0
     x = torch.zeros(1, *shape, dtype=p.dtype, device=p.device)
     def add(name, trunk, head):
         macs = {'trunk': trunk, 'head': head, 'macs': trunk + head, 'path': trunk + heads}
         rows.append({'exit': name} | macs)
     with evaluating(exits):
-        for layer, head in zip(exits.layers, exits.heads):
+        for k, (layer, head) in enumerate(zip(exits.layers, exits.heads)):
             own = count_macs(head, run_until(exits.backbone, layer, x))
             heads += own
-            add(layer, count_macs(partial(run_until, exits.backbone, layer), x), own)
+            add(layer, count_macs(exits.at(k), x) - own, own)
         add('deepest', count_macs(exits.backbone, x), 0)
     return rows
 
@@ -301,8 +322,11 @@ def feature_distance(
     if shapes[0] != shapes[1] or len(shapes[0]) != 2 or not len(features):
         raise ValueError('features and deepest must have the same shape (B, D), with at least 1 '
                          f'row, but have {shapes[0]} and {shapes[1]}.')
-    if weight is not None: features, deepest = (f[rows_there(weight)] for f in (features, deepest))
-    far = (upcast(features) - upcast(deepest)).square().sum(1)
+    if weight is not None:
+        there = weight.shape[:1] == features.shape[:1]
+        must(there, 'weight', tuple(weight.shape), f'of the shape ({len(features)}, ...)')
+        features, deepest = (f[rows_there(weight)] for f in (features, deepest))
+    far = (upcast(features, 'features') - upcast(deepest, 'deepest')).square().sum(1)
     return far.mean() if len(far) else far.sum()
 
 # %% ../nbs/08_self.ipynb #94616da0
@@ -313,9 +337,9 @@ class BeYourOwnTeacher(Objective):
         temperature:float=3., # T > 0
         alpha:float=0.3, # Weight of the deepest exit's answers against the labels, in [0, 1]
         feature_weight:float=1e-3, # λ >= 0, weight of the distance to the deepest features
-        layers=None, # As in EarlyExits; not with one
-        shape:tuple=None, # As in EarlyExits; not with one
-        class_weights:Tensor=None, # How much each class counts, shape (C,); None: all alike
+        layers:list|None=None, # As in EarlyExits; not with one
+        shape:tuple|None=None, # As in EarlyExits; not with one
+        class_weights:Tensor|None=None, # How much each class counts, shape (C,); None: all alike
     ):
         ready = isinstance(student, EarlyExits)
         if ready and not (layers is None and shape is None):
@@ -341,7 +365,7 @@ def forward(self:BeYourOwnTeacher, batch:Batch)->dict:
 # %% ../nbs/08_self.ipynb #7780969b
 def exit_logits(
     exits:EarlyExits, # The network with exits
-    data, # An ImageData
+    data:Data, # Images
     batch_size:int=512, # Images at a time
 )->list: # Logits in float32 for each exit, shape (N, C), the deepest last
     "The answers of all exits for every image of `data`, without augmentation."
@@ -350,15 +374,26 @@ def exit_logits(
     with evaluating(exits): pieces = [exits.exits(b.x.to(where)) for b in data.batches(batch_size)]
     return [torch.cat(p).float().to(data.device) for p in zip(*pieces)]
 
+# %% ../nbs/08_self.ipynb #d4d00004
+def _check_labelled(data):
+    "Refuse what is not images with a class each."
+    check_data(data)
+    must(isinstance(data, ImageData) and data.labelled.all(), 'data', data,
+         'images that all have a label')
+
 def measure_exits(
     exits:EarlyExits, # The network with exits
-    data, # Labelled images
+    data:ImageData, # Labelled images
 )->list: # As exit_costs, with 'accuracy'
     "Accuracy and cost of each exit."
-    check_data(data)
+    _check_labelled(data)
     shape = tuple(data.get(torch.zeros(1, dtype=torch.long)).x.shape[1:])
     accuracy = [(z.argmax(1) == data.y).double().mean().item() for z in exit_logits(exits, data)]
     return [c | {'accuracy': a} for c, a in zip(exit_costs(exits, shape), accuracy)]
+
+# %% ../nbs/08_self.ipynb #d4d00001
+def _check_threshold(threshold, name='threshold'):
+    must(0 <= number(threshold) <= 1, name, threshold, 'a probability, from 0 to 1')
 
 # %% ../nbs/08_self.ipynb #1ff154e9
 @patch
@@ -367,14 +402,16 @@ def until_sure(self:EarlyExits,
     threshold:float=0.9, # Stop at the first exit whose highest probability reaches it
 )->tuple: # Logits, shape (1, C), and the number of the exit that gave them
     "Answer at the first exit that is sure; nothing behind it is computed. In eval mode."
-    must(len(x) == 1, 'x', tuple(x.shape), 'one image, since each stops where it likes')
+    _check_threshold(threshold)
+    must(x.shape[:1] == (1,), 'x', tuple(x.shape), 'one image, since each stops where it likes')
     def ask(name, output):
         exit = self.layers.index(name)
         logits = self.heads[exit](output)[1]
         if logits.softmax(1).max() >= threshold: raise _Stop((logits, exit))
     try:
         with evaluating(self), listening(self.backbone, self.layers, ask):
-            output, exit = self.backbone(x.to(device_of(self))), len(self) - 1
+            output = _tried(self.backbone, x.to(device_of(self)), 'the network with exits')
+            exit = len(self) - 1
     except _Stop as stopped: output, exit = stopped.result
     return logits_in(output).to(x.device), exit
 
@@ -384,6 +421,11 @@ def sure_exit(
     threshold:float, # Highest probability at which to stop
 )->Tensor: # Number of the exit at which each image stops, shape (N,)
     "The first exit that is sure, the deepest for all others."
+    _check_threshold(threshold)
+    logits = list(logits)
+    given = [tuple(z.shape) if isinstance(z, Tensor) else z for z in logits]
+    alike = all(isinstance(z, Tensor) for z in logits) and len(set(given)) == 1
+    must(alike and len(given[0]) == 2, 'logits', given, 'tensors of one shape (N, C)')
     sure = torch.stack([z.softmax(1).amax(1) >= threshold for z in logits])         # (exits, N)
     sure[-1] = True
     return sure.int().argmax(0)
@@ -391,10 +433,13 @@ def sure_exit(
 # %% ../nbs/08_self.ipynb #02054a25
 def sure_curve(
     exits:EarlyExits, # The network with exits
-    data, # Labelled images
-    thresholds=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999), # Each gives a row
+    data:ImageData, # Labelled images
+    thresholds:list|tuple=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999), # Each gives a row
 )->list: # A dict per threshold: mean 'macs', 'accuracy', 'stopped' (shares of the images)
     "Accuracy and mean cost when every image stops at the first exit that is sure."
+    _check_labelled(data)
+    thresholds = list(thresholds)
+    for t in thresholds: _check_threshold(t, 'each of thresholds')
     logits, costs = exit_logits(exits, data), measure_exits(exits, data)
     answers, rows = torch.stack(logits).argmax(2), []
     path = torch.tensor([c['path'] for c in costs], dtype=torch.float64, device=data.device)
@@ -406,13 +451,22 @@ def sure_curve(
         rows.append({'threshold': t} | row | {'stopped': [round(s, 3) for s in share.tolist()]})
     return rows
 
+# %% ../nbs/08_self.ipynb #d4d00005
+def _check_points(dial, curve):
+    "Refuse what has no points to draw."
+    for name, rows in {'dial': dial, 'curve': curve or []}.items():
+        keys = ['macs', 'accuracy', 'exit'][:3 if rows is dial else 2]
+        known = all(isinstance(row, dict) and row.keys() >= {*keys} for row in rows)
+        must(known, name, rows, 'a list of dicts with ' + ', '.join(keys))
+
 # %% ../nbs/08_self.ipynb #167a5f22
 def plot_exits(
     dial:list, # From measure_exits
-    curve:list=None, # From sure_curve
+    curve:list|None=None, # From sure_curve
     ax=None, # Axes to draw on; None makes a figure
 ): # The matplotlib figure
     "Accuracy against multiply-accumulates: each exit as a point, stopping when sure as a line."
+    _check_points(dial, curve)
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5.4, 3))[1]
     ax.set(xscale='log', xlabel='multiply-accumulates per image', ylabel='accuracy')
@@ -429,12 +483,12 @@ def plot_exits(
 
 # %% ../nbs/08_self.ipynb #9a408b31
 def repeat_labelled(
-    data, # A data set of which some items have labels
-    share:float=0.5, # Of the result that is to have labels, about; in (0, 1)
-): # A data set: the same items, the labelled ones several times
+    data:Data, # A data set of which some items have labels
+    share:float=0.5, # Of the result that is to have labels, about; greater than 0, at most 0.99
+)->Data: # The same items, the labelled ones several times
     "The same items with the labelled ones repeated, so that a batch holds enough labels."
     check_data(data)
-    must(0 < share < 1, 'share', share, 'between 0 and 1')
+    must(0 < number(share) <= 0.99, 'share', share, 'greater than 0 and at most 0.99')
     has, none = (where.nonzero()[:, 0] for where in (data.labelled, ~data.labelled))
     if not len(has):
         raise ValueError('data must hold labelled items to repeat, but none has a label.')
@@ -449,7 +503,7 @@ class MovingAverage(nn.Module):
         momentum:float=0.99, # m, in [0, 1)
     ):
         super().__init__()
-        must(0 <= momentum < 1, 'momentum', momentum, 'at least 0 and less than 1')
+        must(0 <= number(momentum) < 1, 'momentum', momentum, 'at least 0 and less than 1')
         self.model, self.momentum = copy.deepcopy(model).requires_grad_(False), momentum
         self.eval()
 
@@ -475,9 +529,22 @@ def update(self:MovingAverage,
     model:nn.Module, # The network that is followed
 ):
     "Move every weight and statistic towards those of `model`."
-    for own, new in zip(_tensors(self.model), _tensors(model)):
+    average, followed = (list(_tensors(m)) for m in (self.model, model))
+    alike = [t.shape for t in average] == [t.shape for t in followed]
+    must(alike, 'model', type(model).__name__, 'the network that is followed, or one of its shape')
+    for own, new in zip(average, followed):
         if new.is_floating_point(): own.lerp_(new, 1 - self.momentum)
         else: own.copy_(new)
+
+# %% ../nbs/08_self.ipynb #d4d00006
+def _check_target(target, weight):
+    "Refuse, on the CPU, probabilities that are none at places that are there."
+    if target.device.type != 'cpu' or torch.compiler.is_compiling(): return
+    wrong = ~target.isfinite().all(-1)
+    there = torch.ones_like(wrong) if weight is None else weight != 0
+    if there.shape == wrong.shape and (wrong & there).any():  # the hard loss refuses other shapes
+        raise ValueError('teacher_logits and centre must be finite (or -inf, which masks a class), '
+                         'but are not: the teacher is damaged, or its training diverged.')
 
 # %% ../nbs/08_self.ipynb #4291265b
 def view_loss(
@@ -493,9 +560,11 @@ def view_loss(
     check_temperature(teacher_temperature, 'teacher_temperature')
     check_logits(student_logits, teacher_logits)
     C = student_logits.shape[-1]
-    must(centre.shape == (C,), 'centre', tuple(centre.shape),
+    given = f'{centre.dtype} of shape {tuple(centre.shape)}'
+    must(centre.shape == (C,) and centre.is_floating_point(), 'centre', given,
          f'of the shape ({C},), one number for each class')
     target = log_soften(upcast(teacher_logits.detach()) - centre, teacher_temperature).exp()
+    _check_target(target, weight)
     return hard_loss(upcast(student_logits) / student_temperature, target, weight=weight)
 
 # %% ../nbs/08_self.ipynb #e1ab2ce2
@@ -508,13 +577,13 @@ class SelfTeacher(Objective):
     "A student that learns from labels and from its own moving average, after Caron et al. 2021."
     def __init__(self,
         student:nn.Module, # The model to train: maps inputs to logits (B, ..., C)
-        data, # The training set, with at least 2 views; items without labels are welcome
+        data:Data, # The training set, with at least 2 views; items without labels are welcome
         weight:float=1., # Of the self-taught part, at least 0
         momentum:float=0.95, # Of the average, in [0, 1); closer to 1 for runs of thousands of steps
         student_temperature:float=1., # τ_s > 0
         teacher_temperature:float=0.5, # τ_t > 0; lower than the student's
         centre_momentum:float=0.9, # Of the centre, in [0, 1]; 1 leaves it at 0: no centring
-        class_weights:Tensor=None, # How much each class counts, shape (C,); None: all alike
+        class_weights:Tensor|None=None, # How much each class counts, shape (C,); None: all alike
     ):
         super().__init__(student)
         self.data, self.weight, self.centre_momentum = data, weight, centre_momentum
@@ -591,8 +660,8 @@ def _move_centre(self:SelfTeacher, logits):
 # %% ../nbs/08_self.ipynb #d62dbc93
 @patch
 def check(self:SelfTeacher,
-    data, # The training set: the one that SelfTeacher was given
-    valid=None, # The validation split
+    data:Data, # The training set: the one that SelfTeacher was given
+    valid:Data|None=None, # The validation split
 ):
     "As every objective; and the items must be those from which the second views are made."
     super(SelfTeacher, self).check(data, valid)
@@ -615,9 +684,13 @@ def _check_settings(self:SelfTeacher):
     check_temperature(self.teacher_temperature, 'teacher_temperature')
     check_weight('weight', self.weight)
     DistillationLoss(class_weights=self.class_weights)  # it refuses what are none
-    must(0 <= self.centre_momentum <= 1, 'centre_momentum', self.centre_momentum, 'from 0 to 1')
+    momentum = self.centre_momentum
+    must(0 <= number(momentum) <= 1, 'centre_momentum', momentum, 'from 0 to 1')
     if self.data.n_views < 2:
         raise ValueError('data must have at least 2 views of each item for a SelfTeacher, but '
                          'has 1: give images an augmentation, e.g. '
                          'data.replace(augment=CropFlip(pad=1)), and give the result to fit as '
                          'well.')
+
+# %% ../nbs/08_self.ipynb #dd08self
+guard(globals())

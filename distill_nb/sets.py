@@ -20,13 +20,14 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
-from .files import free_bytes, must, number, progress_bar, reason, whole
+from .doors import guard, must, number, plain, reason, whole
+from .files import progress_bar
 from .losses import UNLABELLED
 from .data import (CropFlip, Data, ImageData, Sight, Splits, channel_stats,
-                             digits, judged_alike, stratified)
-from .images import Form, pixels_of, seen_of
-from .scans import form_of, looks, noted, shown_size
-from .folders import ImageFiles, hold_out, image_folder, training_views
+                             check_size, digits, judged_alike, stratified)
+from .images import Form, is_path, pixels_of, seen_of
+from .scans import check_bytes, form_of, looks, noted, shown_size
+from .folders import ImageFiles, check_reading, hold_out, image_folder, training_views
 
 # %% ../nbs/sets.ipynb #5e7a0011
 _IMAGES = 'image', 'img', 'pixel_values'  # usual names of columns, the likeliest first
@@ -161,15 +162,14 @@ def _one(value):
 class Items(Dataset):
     "A data set of others as pairs of an image of Pillow and a label."
     def __init__(self,
-        dataset,  # Any with a length whose items are pairs or dictionaries
+        dataset:object,  # Any with a length whose items are pairs or dictionaries
         columns:tuple=None,  # Where the image and the label of an item stand; found if None
         name:str='dataset',  # For messages
         labelled:bool=True,  # Are there labels? Else they are not looked at
     ):
         _check_map_style(dataset, name)
-        pair = columns is None or isinstance(columns, (tuple, list)) and len(columns) == 2
-        must(pair, 'columns', columns, 'a pair of an image and a label, or None')
         self.dataset, self.name = dataset, name
+        if columns is not None: self._check_columns(columns, labelled)
         self.image, label = columns or _columns(self, labelled)
         self.label = label if labelled else None
 
@@ -206,6 +206,18 @@ def _part(self:Items, item, place):
 def _pair(self:Items, item):
     label = UNLABELLED if self.label is None else _label(self._part(item, self.label))
     return _picture(self._part(item, self.image)), label
+
+# %% ../nbs/sets.ipynb #d2d00401
+@patch
+def _check_columns(self:Items, columns, labelled):
+    "Refuse columns that are no pair, or that the first item lacks."
+    pair = isinstance(columns, (tuple, list)) and len(columns) == 2
+    must(pair, 'columns', columns, 'a pair of an image and a label, or None')
+    item = self._item(0)
+    try: [self._part(item, place) for place in columns[:1 + labelled]]
+    except ValueError as e:
+        said = f'columns must be places in an item, but of item 0 of {self.name} one is not: {e}.'
+        raise ValueError(said) from None
 
 # %% ../nbs/sets.ipynb #5e7a001d
 def _check_map_style(dataset, name):
@@ -257,6 +269,7 @@ def pixels(self:Items,
     form:Form,
 )->np.ndarray:  # uint8, shape (channels, side, side)
     "The image of an item in the form of all."
+    whole('i', i, 0, len(self) - 1)
     return self._reduced(i, form)[0]
 
 @patch
@@ -344,7 +357,7 @@ def _table(parts, size, max_bytes, workers):
     for part in parts: _check_stable(part, _spread(part))
     seen = looks([seen_of(part[i][0]) for part in parts for i in _spread(part)])
     n, took = sum(map(len, parts)), (time.perf_counter() - start)/4/len(seen)
-    limit = min(2*10**9, free_bytes()//2) if max_bytes is None else max_bytes
+    limit = check_bytes(max_bytes)
     form = processes = None
     while form != (wanted := form_of(seen, size)):
         form, keep = wanted, n*len(wanted.mode)*wanted.side**2 <= limit
@@ -376,12 +389,24 @@ class ImageItems(ImageFiles):
         parts:list,  # Items
         places:list,  # For each image the position of its part in parts, and its own position there
         form:Form,  # Of the images
-        y:Tensor,  # Labels, integers, shape (N,)
+        y:Tensor|list,  # Labels, integers, shape (N,)
         classes:list,  # Names of the classes
         **more,  # Of ImageFiles: hashes, workers, shapes, name, and the fields of Sight
     ):
+        self.parts = list(parts)
+        must(all(isinstance(p, Items) for p in self.parts), 'parts', parts, 'a list of Items')
         super().__init__(places, y, classes, form, **more)
-        self.parts = parts
+
+# %% ../nbs/sets.ipynb #d2d00402
+@patch
+def _checked(self:ImageItems, places):
+    "The same places, unless there is no item in one of them."
+    must(len(places) > 0, 'places', places, 'one for each image')
+    there = [range(len(part)) for part in self.parts]
+    for k in places:
+        ok = isinstance(k, tuple) and len(k) == 2 and k[0] in range(len(there))
+        must(ok and k[1] in there[k[0]], 'each of places', k, 'a part and an item of it')
+    return list(places)
 
 # %% ../nbs/sets.ipynb #5e7a0042
 class _ItemReader:
@@ -486,7 +511,7 @@ def _made_of(kind, given):
     known = [f.name for f in fields(kind)]
     unknown = [k for k in given if k not in known]
     must(not unknown, 'a keyword', ', '.join(unknown), f"one of {', '.join(known)}")
-    return kind(**given)
+    return kind(**{k: plain(v) for k, v in given.items()})
 
 def _given(classes):
     "Names of classes, or None, as they were given."
@@ -496,29 +521,22 @@ def _given(classes):
     must(len(set(names)) == len(names) > 1, 'classes', names, 'at least 2 different names')
     return names
 
-# %% ../nbs/sets.ipynb #5e7a0d49
-def _check_reading(size, max_bytes, workers):
-    "Refuse what nothing can be read with."
-    if size is not None: whole('size', size)
-    if workers is not None: whole('workers', workers, 0)
-    must(max_bytes is None or number(max_bytes) >= 0, 'max_bytes', max_bytes, 'a number of bytes')
-
 # %% ../nbs/sets.ipynb #5e7a0049
 def image_data(
-    dataset,  # Any data set of torch or Hugging Face that gives item i: an image and a label
+    dataset:object,  # Any data set of torch or Hugging Face that gives item i: an image and a label
     classes:list=None,  # Names of the classes; those of the data set if None
     name:str='',  # For tables and messages
     size:int=None,  # Side that the model sees; as of image_folder if None
     columns:tuple=None,  # Where the image and the label of an item stand; found if None
-    max_bytes:int=None,  # Above it, items are read when needed; 2 GB or half of free memory if None
+    max_bytes:int|float=None,  # Above it, items are read when needed; as of scan if None
     workers:int=None,  # Processes that read when needed; one for each core, at most 8, if None
     **sight,  # Fields of Sight: mean, std, augment, views, crop
 )->ImageData:
     "A data set of images of another library as data of this one, each item in its place."
-    _check_reading(size, max_bytes, workers)
+    check_reading(size, max_bytes, workers)
     seen, classes = _made_of(Sight, sight), _given(classes)
     items = Items(dataset, columns)
-    size = size or getattr(seen.augment, 'size', None)
+    size = plain(size) or getattr(seen.augment, 'size', None)
     table = _table([items], size, max_bytes, workers)
     y = _labels(table)
     names = _classes(y, [items], classes)
@@ -566,11 +584,11 @@ class Asking:
     columns: tuple = None  # Where the image and the label of an item stand; found if None
     augment: object = None  # Makes the views of the training images; as of image_folder if None
     seed: int = 0  # Of splits that are not given
-    max_bytes: int = None  # Above it, items are read when needed; as of image_data if None
+    max_bytes: int|float = None  # Above it, items are read when needed; as of image_data if None
     workers: int = None  # Processes that read when needed; one for each core, at most 8, if None
 
     def __post_init__(self):
-        _check_reading(self.size, self.max_bytes, self.workers)
+        check_reading(self.size, self.max_bytes, self.workers)
         whole('seed', self.seed, 0, 2**32 - 1)
         if self.augment is not None: Sight(augment=self.augment)
 
@@ -618,17 +636,17 @@ def _check_classes(y, own, classes):
 
 # %% ../nbs/sets.ipynb #5e7a0057
 def dataset_splits(
-    train,  # Data set to learn from
-    test=None,  # Data set to report on; None: a share of train, as large as that for valid
-    valid=0.1,  # Data set to choose on, or a share of train
-    unlabelled=None,  # Data set of images for the teacher alone, or a list of some
+    train:object,  # Data set to learn from
+    test:object=None,  # Data set to report on; None: a share of train, as large as that for valid
+    valid:object=0.1,  # Data set to choose on, or a share of train
+    unlabelled:object=None,  # Data set of images for the teacher alone, or a list of some
     classes:list=None,  # Names of the classes; those of the data sets if None
     **asking,  # Fields of Asking: name, size, columns, augment, seed, max_bytes, workers
 )->Splits:
     "Data sets of others as splits."
-    asking, share, given = _made_of(Asking, asking), 0.1, {'test': test, 'valid': valid}
-    if isinstance(valid, (int, float)): share, given['valid'] = valid, None
-    must(0 < share < 1, 'valid', valid, 'a data set, or a share between 0 and 1')
+    asking, share, given = _made_of(Asking, asking), plain(valid), {'test': test, 'valid': None}
+    if not isinstance(share, (int, float)): share, given['valid'] = 0.1, valid
+    must(0 < share < 1, 'valid', share, 'a data set, or a share between 0 and 1')
     classes = _given(classes)
     parts = [Items(train, asking.columns, 'train')]
     parts += [Items(d, asking.columns, k) for k, d in given.items() if d is not None]
@@ -684,7 +702,10 @@ def _tensors(part):
 def _from_torchvision(name, root, download, valid, size, seed):
     "A torchvision set as `Splits`."
     from torchvision import datasets
-    must(0 < valid < 1, 'valid', valid, 'a share between 0 and 1')
+    must(0 < number(valid) < 1, 'valid', valid, 'a share between 0 and 1')
+    must(is_path(root), 'root', root, 'the path of a folder')
+    if size is not None: check_size(size)
+    whole('seed', seed, 0, 2**32 - 1)
     kind, augment = _SETS[name]
     parts = _read(getattr(datasets, kind), Path(root).expanduser(), download)
     classes, ((x, y), test) = parts[0].classes, map(_tensors, parts)
@@ -697,7 +718,7 @@ def _from_torchvision(name, root, download, valid, size, seed):
 
 # %% ../nbs/sets.ipynb #6ec8c315
 def cifar10(
-    root:str='data',  # Folder with the downloaded files
+    root:str|Path='data',  # Folder with the downloaded files
     download:bool=True,  # Fetch what is missing?
     valid:float=0.1,  # Share of the training images that validate
     size:int=None,  # Side of the images that the model sees; 32 if None
@@ -708,7 +729,7 @@ def cifar10(
 
 # %% ../nbs/sets.ipynb #4fec7f6f
 def cifar100(
-    root:str='data',  # Folder with the downloaded files
+    root:str|Path='data',  # Folder with the downloaded files
     download:bool=True,  # Fetch what is missing?
     valid:float=0.1,  # Share of the training images that validate
     size:int=None,  # Side of the images that the model sees; 32 if None
@@ -719,7 +740,7 @@ def cifar100(
 
 # %% ../nbs/sets.ipynb #cd6c31d7
 def mnist(
-    root:str='data',  # Folder with the downloaded files
+    root:str|Path='data',  # Folder with the downloaded files
     download:bool=True,  # Fetch what is missing?
     valid:float=0.1,  # Share of the training images that validate
     size:int=None,  # Side of the images that the model sees; 28 if None
@@ -730,7 +751,7 @@ def mnist(
 
 # %% ../nbs/sets.ipynb #8aff5d14
 def fashion_mnist(
-    root:str='data',  # Folder with the downloaded files
+    root:str|Path='data',  # Folder with the downloaded files
     download:bool=True,  # Fetch what is missing?
     valid:float=0.1,  # Share of the training images that validate
     size:int=None,  # Side of the images that the model sees; 28 if None
@@ -742,7 +763,7 @@ def fashion_mnist(
 # %% ../nbs/sets.ipynb #2bfae44b
 def load_data(
     name:str,  # 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'cifar100' or 'folder:PATH'
-    root:str='data',  # Folder with torchvision's files
+    root:str|Path='data',  # Folder with torchvision's files
     size:int=None,  # Side of the images that the model sees; their own if None
     **kwargs,  # More for the function that reads the data, for example skip_damaged=True
 )->Splits:
@@ -753,3 +774,6 @@ def load_data(
     known = {f.__name__: f for f in (mnist, fashion_mnist, cifar10, cifar100)}
     must(name in known, 'data', name, f"digits, {', '.join(known)} or folder:PATH")
     return known[name](root, size=size, **kwargs)
+
+# %% ../nbs/sets.ipynb #ddsets00
+guard(globals())

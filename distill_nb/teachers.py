@@ -6,29 +6,31 @@
 __all__ = ['plausible', 'Tried', 'try_normalisations', 'normalisation_table', 'clearly_best', 'make_teacher']
 
 # %% ../nbs/teachers.ipynb #aa20d69a
-import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files import must
-from .data import check_data, check_splits
+from .doors import guard, must, whole
+from .data import Data, Measure, Splits, check_data, check_splits
 from .weights import read_checkpoint
 from .models import head_name, transfer_weights
 from .training import Teacher, check_answers, predict
 from .compare import table
 from .logits import by_luck
-from .zoo import Opened, brings_weights, build_model, opened
+from .zoo import Opened, build_model, opened
 
 # %% ../nbs/teachers.ipynb #ccef49b0
 _IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 def plausible(
-    data, # Images with a mean and a standard deviation of their own
+    data:Data, # Images with a mean and a standard deviation of their own
 )->dict: # {name: (mean, std)}, one number for each channel
     "The normalisations that training scripts use; each once."
+    check_data(data)
+    must(hasattr(data, 'channels'), 'data', data, 'images, with a mean and a standard deviation')
     C = data.channels
     imagenet = _IMAGENET if C == 3 else tuple([sum(v)/3]*C for v in _IMAGENET)
     found = {'these data': (list(data.mean), list(data.std)), 'ImageNet': imagenet,
@@ -88,11 +90,12 @@ def _try(teacher, data, name, mean, std):
 # %% ../nbs/teachers.ipynb #c7d796d7
 def try_normalisations(
     teacher:Teacher, # Its own mean and std do not count
-    data, # Labelled images that it was not trained on: the validation split
+    data:Data, # Labelled images that it was not trained on: the validation split
     items:int=1000, # How many of them to ask about, at most
 )->list: # A Tried for each plausible normalisation
     "Measure a network under each normalisation that it may have been trained with."
     check_data(data)
+    whole('items', items, 2)
     labelled = data.labelled.nonzero()[:, 0]
     must(len(labelled) > 1, 'data', data, 'some with labels, to find the normalisation by')
     some = torch.linspace(0, len(labelled) - 1, min(items, len(labelled))).long()
@@ -100,11 +103,16 @@ def try_normalisations(
     return [_try(teacher, asked, name, *v) for name, v in plausible(data).items()]
 
 # %% ../nbs/teachers.ipynb #a0efc729
+def _check_tried(tried):
+    good = [isinstance(t, Tried) for t in tried]
+    must(good and all(good), 'tried', tried, 'what try_normalisations gives')
+
 def normalisation_table(
     tried:list, # As try_normalisations gives it
-    measure, # The data's primary Measure
+    measure:Measure, # The data's primary Measure
 ): # A Table
     "What was tried, as a table."
+    _check_tried(tried)
     per = ', '.join
     shown = {'normalisation': lambda r: r.name,
              'mean': lambda r: per(f'{v:.3f}' for v in r.mean),
@@ -127,6 +135,7 @@ def clearly_best(
     tried:list, # As try_normalisations gives it
 )->Tried|None: # None where nothing is clear
     "The normalisation that a network was trained with, if the measurements tell."
+    _check_tried(tried)
     remembered = [t for t in tried if t.shift is not None and t.shift < _NEAR]
     if remembered: return min(remembered, key=lambda t: t.loss)
     best = min(tried, key=lambda t: t.loss)
@@ -209,10 +218,10 @@ def _settled(teacher, data):
 # %% ../nbs/teachers.ipynb #40b930a1
 def make_teacher(
     name:str, # Of a network, as build_model takes it
-    weights, # A checkpoint, 'imagenet', 'none', or None: what the name brings
-    data, # Splits: classes, channels and size; the validation split is for measuring
-    mean=None, # Normalisation of its training, on the scale 0 to 1; None: as written, or measured
-    std=None, # The same
+    weights:str|Path|None, # A checkpoint, 'imagenet', 'none', or None: what the name brings
+    data:Splits, # Its classes, channels and size; the validation split is for measuring
+    mean:list|None=None, # Of its training, on the scale 0 to 1; None: as written, or measured
+    std:list|None=None, # The same
     fine_tune:bool=False, # May one that does not know these classes be trained on the labels?
 )->tuple: # The Teacher, and whether it knows these classes already
     "A network from anywhere as the teacher of these images."
@@ -245,3 +254,6 @@ def _say_found(name, weights, found, given, trained):
     if _is_file(weights) and trained and not read_checkpoint(weights).classes:
         _say('its file names no classes: its outputs are taken to be those of the data, in order')
     if given: _say(f"mean {_numbers(given['mean'])}, std {_numbers(given['std'])}, as you say")
+
+# %% ../nbs/teachers.ipynb #ddteache
+guard(globals())

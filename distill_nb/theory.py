@@ -6,24 +6,52 @@
 __all__ = ['plot_bars', 'plot_lines', 'soften', 'entropy']
 
 # %% ../nbs/00_theory.ipynb #bcefb198
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from .doors import guard, must, number
 
 # %% ../nbs/00_theory.ipynb #a8dffbb5
-def _numbers(x): return [v.item() if hasattr(v, 'item') else v for v in x]
+def _numbers(x, name='heights'):
+    "Numbers of any kind, also tensors of one number each, as matplotlib takes them."
+    try: found = [v.item() if hasattr(v, 'item') else v for v in x]
+    except (TypeError, ValueError, RuntimeError): found = [None]
+    must(all(isinstance(v, Real) for v in found), name, x, 'a list of numbers')
+    return found
+
+def _check_words(**words):
+    "Refuse what no font can draw."
+    for name, found in words.items():
+        fine = all(str(w).replace('\n', '').isprintable() for w in found)
+        must(fine, name, found, 'made of characters that can be printed')
+
+# %% ../nbs/00_theory.ipynb #d1d00001
+def _check_bars(panels, ticks, ylabel, figsize):
+    must(len(panels) > 0, 'panels', panels, 'a dict of at least one panel')
+    _check_words(panels=panels, ticks=ticks or (), ylabel=ylabel)
+    for title, heights in panels.items():
+        n = len(_numbers(heights, f'panels[{title!r}]'))
+        must(ticks is None or len(ticks) == n, 'ticks', ticks, f'one for each of {n} bars')
+    fine = len(figsize) == 2 and all(0 < number(side) <= 100 for side in figsize)
+    must(fine, 'figsize', figsize, 'a width and a height in inches, at most 100')
 
 # %% ../nbs/00_theory.ipynb #9f9b9e16
 def plot_bars(
-    panels:dict,      # Title -> heights, one panel each
-    ticks=None,       # Names of the bars, 0, 1, 2... if None
-    ylabel:str='',    # Label of the leftmost axis
-    sharey:bool=True, # One scale for all panels?
-    figsize=None      # Inches, (width, height)
+    panels:dict,            # Title -> heights, one panel each
+    ticks:list|None=None,   # Names of the bars, 0, 1, 2... if None
+    ylabel:str='',          # Label of the leftmost axis
+    sharey:bool=True,       # One scale for all panels?
+    figsize:tuple|None=None # Inches, (width, height)
 ):
     "Bar charts side by side."
-    size = figsize or (1.9 * len(panels), 1.9)
+    size = figsize or (min(1.9 * len(panels), 100), 1.9)
+    _check_bars(panels, ticks, ylabel, size)
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=sharey, squeeze=False)
     for ax, (title, heights) in zip(axes[0], panels.items()):
         places = range(len(heights))
@@ -34,23 +62,34 @@ def plot_bars(
     axes[0, 0].set_ylabel(ylabel)
     fig.tight_layout()
 
+# %% ../nbs/00_theory.ipynb #d1d00004
+def _check_lines(x, lines, log, styles):
+    positions, n = len(_numbers(x, 'x')), len(lines)
+    for name, heights in lines.items():
+        found = len(_numbers(heights, f'lines[{name!r}]'))
+        must(found == positions, f'the length of lines[{name!r}]', found, f'that of x, {positions}')
+    must(log in ('', 'x', 'y', 'xy'), 'log', log, "'', 'x', 'y' or 'xy'")
+    known = set('bgrcmykwC0123456789.,ov^<>spP*hH+xXDd|_-:')
+    fine = styles is None or len(styles) == n and all(set(str(s)) <= known for s in styles)
+    must(fine, 'styles', styles, f"formats of matplotlib such as 'o-' for each of {n} lines")
+
 # %% ../nbs/00_theory.ipynb #af3737cd
 def plot_lines(
-    x,               # Positions, shared by all lines
-    lines:dict,      # Name -> heights
-    xlabel:str='',   # Label of the positions
-    ylabel:str='',   # Label of the heights
-    log:str='',      # 'x', 'y' or 'xy': which axes are logarithmic
-    styles=None,     # A matplotlib format for each line, e.g. ('-', 'o')
-    ax=None          # Axes to draw on; new ones if None
+    x:Tensor|list,         # Positions, shared by all lines
+    lines:dict,            # Name -> heights
+    xlabel:str='',         # Label of the positions
+    ylabel:str='',         # Label of the heights
+    log:str='',            # 'x', 'y' or 'xy': which axes are logarithmic
+    styles:list|None=None, # A matplotlib format for each line, e.g. ('-', 'o')
+    ax:Axes|None=None      # Axes to draw on; new ones if None
 ):
     "Curves over the same positions, with a legend."
+    _check_lines(x, lines, log, styles)
+    _check_words(lines=lines, xlabel=xlabel, ylabel=ylabel)
     if ax is None: ax = plt.subplots(figsize=(6, 2.6))[1]
     for (name, heights), style in zip(lines.items(), styles or ['-'] * len(lines)):
         ax.plot(_numbers(x), _numbers(heights), style, label=name)
-    if 'x' in log: ax.set_xscale('log')
-    if 'y' in log: ax.set_yscale('log')
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(xlabel=xlabel, ylabel=ylabel, **{f'{axis}scale': 'log' for axis in log})
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
     ax.figure.tight_layout()
@@ -61,6 +100,9 @@ def soften(
     temperature:float=1.0 # T > 0; 1 is the plain softmax
 ) -> Tensor:              # Probabilities, shape (..., C)
     "softmax(logits / T), Hinton et al. 2015, eq. 1."
+    must(0 < number(temperature) < math.inf, 'temperature', temperature, 'greater than 0')
+    real = logits.ndim > 0 and not logits.is_complex()
+    must(real, 'logits', logits, 'real numbers of shape (..., C)')
     return F.softmax(logits / temperature, dim=-1)
 
 # %% ../nbs/00_theory.ipynb #fc02dbb9
@@ -68,4 +110,10 @@ def entropy(
     probs:Tensor # Probabilities, shape (..., C)
 ) -> Tensor:     # -Σ p ln p in nats, shape (...)
     "How undecided a distribution is: 0 if certain, ln C if it has no idea."
+    fine = probs.ndim > 0 and not probs.is_complex() and (probs >= 0).all()
+    fine = fine and ((probs.sum(-1) - 1).abs() < 0.01).all()
+    must(fine, 'probs', probs, 'at least 0, with sums of 1 along the last dimension')
     return torch.special.entr(probs).sum(-1)
+
+# %% ../nbs/00_theory.ipynb #dd00theo
+guard(globals())

@@ -7,19 +7,21 @@ __all__ = ['TRACKERS', 'Tracker', 'tracker']
 
 # %% ../nbs/tracking.ipynb #7ac00006
 import copy, json, os, secrets
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .files import must, reason, write_atomic
+from .doors import guard, must, reason
+from .files import from_json, write_atomic
 from .training import apart
 
 # %% ../nbs/tracking.ipynb #7ac0000d
 class Tracker:
     "A log for `fit`: hands rows to trackers of `accelerate`, one for each name."
     def __init__(self,
-        start, # Function from the path of a run, a tuple of names, and its first step to a tracker
+        start:Callable, # From the path of a run, a tuple of names, and its first step to a tracker
     ):
         self.start, self.path = start, ()
         self.open = {}  # {path: tracker}, at most one; shared with those inside
@@ -40,6 +42,7 @@ def __call__(self:Tracker,
     row:dict, # Of a history
 ):
     "Log the numbers of a row under its step."
+    must('step' in row, 'row', row, 'one of a history, with its step')
     from accelerate import PartialState
     with apart():
         PartialState(cpu=True)
@@ -69,7 +72,12 @@ class _Runs:
         self.kind, self.folder, self.name, self.config = kind, Path(folder), name, config
         self.file = self.folder/'tracked.json'
 
-    def known(self): return json.loads(self.file.read_text()) if self.file.exists() else {}
+    def known(self):
+        if not self.file.exists(): return {}
+        found = from_json(self.file.read_bytes(), self.file)
+        good = isinstance(found, dict) and all(isinstance(ids, dict) for ids in found.values())
+        must(good, f"'{self.file}'", found, 'a dict of ids for each tracker')
+        return found
 
     def remember(self, label, number):
         known = self.known()
@@ -142,3 +150,6 @@ def _import(kind):
     except Exception as error:
         raise ValueError(f"the log 'wandb' has no key ({reason(error)}): run wandb login, or set "
                          'WANDB_MODE=offline.') from error
+
+# %% ../nbs/tracking.ipynb #ddtracki
+guard(globals())

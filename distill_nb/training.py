@@ -12,7 +12,8 @@ __all__ = ['PRECISIONS', 'KEEP', 'device_of', 'Teacher', 'teacher_of', 'as_given
 # %% ../nbs/04_training.ipynb #c5eb0e95
 import csv, hashlib, io, json, math, sys, time, warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, cycle
 from pathlib import Path
@@ -22,8 +23,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .files import (different_names, fingerprint, function_name, must, number,
-                              progress_bar, read_weights, reason, whole, write_atomic)
+from .doors import different_names, guard, must, number, plain, reason, whole
+from .files import (fingerprint, free_bytes, from_json, function_name, locked,
+                              progress_bar, read_weights, write_atomic)
+from .ranks import agreed, from_each, from_first, gathered, same_tensors, watched, world
 from .losses import UNLABELLED, DistillationLoss, rows_there, upcast
 from .data import (Batch, Data, ImageData, Measure, Measured, check_data, epoch_order,
                              mix)
@@ -36,6 +39,13 @@ def device_of(
 )->torch.device:
     "Where a network is: the device of its first parameter or buffer."
     return next((t.device for t in chain(model.parameters(), model.buffers())), default)
+
+def _device(name):
+    "The device of that name; a device is itself."
+    if isinstance(name, torch.device): return name
+    try: return torch.device(name)
+    except (RuntimeError, TypeError):
+        must(False, 'device', name, "one like 'cpu', 'cuda' or 'mps'")
 
 # %% ../nbs/04_training.ipynb #fa0fcef6
 class Teacher(nn.Module):
@@ -53,7 +63,7 @@ class Teacher(nn.Module):
         reached:dict=None, # By measure, and on how many items: {'accuracy': 0.93, 'items': 180}
     ):
         super().__init__()
-        self.__dict__['model'] = _network(model)  # not registered
+        self.__dict__['model'] = model  # not registered
         self.classes, self.mean, self.std, self.size = classes, mean, std, size
         self.outputs, self.read, self.reached = outputs, read, reached
         self._data = self._own = self._order = None  # the data of a run, once they are shown
@@ -67,19 +77,34 @@ def _check_clauses(self:Teacher):
     must((self.mean is None) == (self.std is None), 'mean and std', (self.mean, self.std),
          'given together or not at all')
     must(self.read is None or callable(self.read), 'read', self.read, 'a function, or None')
+    _no_objective(self.model)
     self._check_frame()
-    _check_reached(self.reached)
-    for name in ('mean', 'std'): setattr(self, name, _numbers(name, getattr(self, name)))
+    self.reached = _checked_reached(self.reached)
+    self.mean, self.std = _numbers('mean', self.mean), _numbers('std', self.std, 0)
+    must(self.mean is None or len(self.mean) == len(self.std), 'mean and std',
+         (self.mean, self.std), 'of one length')
     if self.classes is None: return
-    must(isinstance(self.classes, (list, tuple)), 'classes', self.classes, 'a list of names')
-    self.classes = different_names(list(map(str, self.classes)))
+    names = _listed(self.classes)
+    must(isinstance(names, (list, tuple)), 'classes', self.classes, 'a list of names')
+    self.classes = different_names(list(map(str, names)))
 
-def _numbers(name, values):
+# %% ../nbs/04_training.ipynb #f2f0a001
+def _listed(values): return values.tolist() if hasattr(values, 'tolist') else values
+
+def _numbers(name, values, above=-math.inf):
     "One number per channel as a list; None for None."
     if values is None: return None
-    listed = values.tolist() if hasattr(values, 'tolist') else values
-    must(isinstance(listed, (list, tuple)), name, values, 'a list with one number per channel')
+    listed = _listed(values)
+    ok = isinstance(listed, (list, tuple)) and listed
+    allowed = f'a list with one number{" greater than 0" * (above == 0)} per channel'
+    must(ok and all(above < number(v) < math.inf for v in listed), name, values, allowed)
     return [float(v) for v in listed]
+
+def _no_objective(model):
+    "Refuse what maps batches to losses where a network is wanted."
+    if any(c.__name__ == 'Objective' for c in type(model).__mro__):  # defined further below
+        raise ValueError('model must be a network, but is the objective '
+                         f'{type(model).__name__}. Give its .model.')
 
 # %% ../nbs/04_training.ipynb #a6de0b46
 Teacher.crop = 1.  # share of an image's side that it saw in its training, from the centre
@@ -89,26 +114,21 @@ def _check_frame(self:Teacher):
     "Take the size apart, if it says which share of an image was shown."
     if isinstance(self.size, (tuple, list)):
         must(len(self.size) == 2, 'size', self.size, 'a whole number, or a pair (side, crop)')
-        self.size, share = self.size
-        must(0 < number(share) <= 1, 'crop', share, 'greater than 0 and at most 1')
+        self.size, share = map(plain, self.size)
+        must(0 < number(share) <= 1, 'the crop of size', share, 'greater than 0 and at most 1')
         if share != 1: self.crop = float(share)
     if self.size is not None: whole('size', self.size)
+    self.size = plain(self.size)
 
-def _check_reached(reached):
+def _checked_reached(reached):
     if reached is None: return
     known = isinstance(reached, dict) and set(reached) - {'items'}
     must(known and all(math.isfinite(number(v)) for v in reached.values()), 'reached', reached,
          "numbers by the name of their measure, such as {'accuracy': 0.93, 'items': 180}")
     if 'items' in reached: whole('items of reached', reached['items'])
+    return {name: plain(value) for name, value in reached.items()}
 
 # %% ../nbs/04_training.ipynb #a6de0b2e
-def _network(model):
-    "A network, unless something else was given."
-    if isinstance(model, nn.Module): return model
-    hint = ' Make it with build_model and load_weights.' if isinstance(model, (str, Path)) else ''
-    raise ValueError('teacher must be a network (nn.Module), '
-                     f'but is a {type(model).__name__}.{hint}')
-
 def _bare(model):
     "A network without what wraps it."
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
@@ -172,12 +192,21 @@ def _ask(self:Teacher, x):
         with torch.no_grad(): return self.model(x)
 
 # %% ../nbs/04_training.ipynb #a6de0b35
+def _tried(ask, x, name):
+    "What is answered; a `ValueError` in one sentence if the inputs do not fit."
+    try: return ask(x)
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError, IndexError) as error:
+        shape = tuple(x.shape[1:])
+        raise ValueError(f'{name} does not take inputs of shape {shape}: '
+                         f'{reason(error)}') from error
+
 @patch
 def answers(self:Teacher,
     x:Tensor, # Inputs in the form that this network wants, on any device
 )->Tensor: # Logits in the order of its own classes, shape (B, ..., C), where the network is
     "What the network answers, in eval mode and without gradients."
-    return self._logits(self._ask(x))
+    return self._logits(_tried(self._ask, x, 'the teacher'))
 
 @patch
 def forward(self:Teacher, batch:Batch)->Tensor: # Logits, shape (B, ..., C)
@@ -306,11 +335,24 @@ def check_outputs(self:Teacher,
 # %% ../nbs/04_training.ipynb #1f8d6238
 def _asking(model, data):
     "The data as `model` sees them, and what maps their inputs to logits of the data's classes."
+    _no_objective(model)
     if not isinstance(model, Teacher):
-        return data, lambda x: logits_in(model(x.to(device_of(model, x.device))))
+        def ask(x): return _tried(model, x.to(device_of(model, x.device)), 'the model')
+        return data, lambda x: logits_in(ask(x))
     order = model.class_order(data)
     return model.own(data), lambda x: _picked(model.answers(x), order)
 
+def _ask_alone(own, ask, batch_size):
+    return ((ask(b.x).float(), b) for b in own.batches(batch_size))
+
+_PAIRS = ContextVar('pairs', default=_ask_alone)  # makes pairs of logits and batch
+
+def _answers(model, data, batch_size):
+    "Pairs of logits in float32, where the data are, and the batch that they are for."
+    (own, ask), batch_size = _asking(model, data), plain(batch_size)
+    for logits, batch in _PAIRS.get()(own, ask, batch_size): yield logits.to(data.device), batch
+
+# %% ../nbs/04_training.ipynb #a2a00204
 def predict(
     model:nn.Module, # Maps inputs to logits; or a Teacher
     data, # Any data set, on any device
@@ -318,9 +360,7 @@ def predict(
 )->Tensor: # Logits in float32, shape (N, ..., C), where the data are
     "The logits of `model` for every item of `data`, in order and without augmentation."
     check_data(data)
-    own, ask = _asking(model, data)
-    with evaluating(model): parts = [ask(b.x).float() for b in own.batches(batch_size)]
-    return torch.cat(parts).to(data.device)
+    with evaluating(model): return torch.cat([z for z, _ in _answers(model, data, batch_size)])
 
 # %% ../nbs/04_training.ipynb #1069ad69
 class NotFiniteError(ValueError):
@@ -333,6 +373,7 @@ def check_answers(
     weight:Tensor|None=None, # As in Batch: what has weight 0 is not looked at
 ):
     "Refuse logits that are no answer: NaN, +inf, every class masked, or the right one."
+    must(logits.is_floating_point(), 'logits', logits.dtype, 'of floating point numbers')
     if weight is not None:
         logits, labels = (t if t is None else t[weight > 0] for t in (logits, labels))
     if not (logits < math.inf).all():
@@ -355,10 +396,11 @@ def _check_right(logits, labels, name):
 
 # %% ../nbs/04_training.ipynb #5a7c9e02
 def _checked_answers(model, data, batch_size):
-    "Pairs of logits and batch, where the data are."
-    own, ask = _asking(model, data)
-    for b in own.batches(batch_size):
-        logits = ask(b.x).float().to(data.device)
+    "Pairs of logits and batch, where the data are, of which the logits are answers."
+    for logits, b in _answers(model, data, batch_size):
+        places = b.y.shape[:-1] if b.y.is_floating_point() else b.y.shape
+        must(logits.shape == (*places, len(data.classes)), 'the shape of what the model gives',
+             tuple(logits.shape), f'{(*places, len(data.classes))}, as there are so many classes')
         check_answers(logits, b.y, weight=b.weight)
         yield logits, b
 
@@ -385,6 +427,7 @@ def best_precision(
     device:torch.device, # Where the training will run
 )->str: # 'bfloat16', 'float16' or 'float32'
     "bfloat16 where the hardware has it, else float16 on tensor cores, else float32."
+    device = _device(device)
     if device.type == 'cuda':
         if torch.cuda.is_bf16_supported(including_emulation=False): return 'bfloat16'
         return 'float16' if torch.cuda.get_device_capability(device) >= _TENSOR_CORES else 'float32'
@@ -397,7 +440,8 @@ def image_order(
     device:torch.device, # Where
 )->torch.memory_format:
     "The order of images in memory: channels last, except for float32 on the CPU."
-    return torch.channels_last if half or device.type == 'cuda' else torch.contiguous_format
+    last = half or _device(device).type == 'cuda'
+    return torch.channels_last if last else torch.contiguous_format
 
 @patch
 def arranged(self:ImageData,
@@ -417,6 +461,9 @@ def scheduled(
     milestones:tuple=(0.625, 0.75, 0.875), # Where 'step' divides by ten, as fractions of the run
 )->float: # Factor on the highest learning rate, between 0 and 1
     "The schedule's factor on the learning rate; a pure function of how much of the run is done."
+    must(schedule in _SCHEDULES, 'schedule', schedule, 'one of ' + ', '.join(_SCHEDULES))
+    must(0 <= number(done) <= 1, 'done', done, 'from 0 to 1')
+    must(0 <= number(warmup) < 1, 'warmup', warmup, 'at least 0 and less than 1')
     if done < warmup: return done / warmup
     left = (1 - done) / (1 - warmup)
     if schedule == 'cosine': return 0.5 - 0.5 * math.cos(math.pi * left)
@@ -459,6 +506,8 @@ class Checkpoint:
     ):
         "Write the state beside its place and rename it into it."
         from safetensors.torch import save
+        named = all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items())
+        must(named, 'tensors', tensors, 'tensors by name')
         tensors = {k: t.detach().to('cpu', copy=True).contiguous() for k, t in tensors.items()}
         tensors['meta'] = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
         write_atomic(self.path, save(tensors, {'fingerprint': fingerprint(tensors)}))
@@ -467,14 +516,19 @@ class Checkpoint:
 @patch
 def read(self:Checkpoint)->tuple: # Tensors by name, and the rest
     "Read what `write` wrote; a damaged or foreign file is a `ValueError`."
-    tensors, _ = read_weights(self.path)
-    if 'meta' in tensors: return tensors, json.loads(tensors.pop('meta').numpy().tobytes())
-    raise ValueError(f'{str(self.path)!r} holds weights, but is not a checkpoint of fit.')
+    tensors, said = read_weights(self.path)
+    if 'meta' not in tensors:
+        raise ValueError(f'{str(self.path)!r} holds weights, but is not a checkpoint of fit.')
+    must('fingerprint' in said, f'the fingerprint of {str(self.path)!r}', None,
+         'there, as fit writes it')
+    return tensors, from_json(tensors.pop('meta').numpy().tobytes(), self.path)
 
 # %% ../nbs/04_training.ipynb #b5e0e100
 class _Checked:
-    "Is checked when it is made."
-    def __post_init__(self): self.check()
+    "Is checked when it is made; numbers of NumPy are kept as Python's own."
+    def __post_init__(self):
+        for name, value in list(vars(self).items()): object.__setattr__(self, name, plain(value))
+        self.check()
 
 # %% ../nbs/04_training.ipynb #9b11eba4
 @dataclass(frozen=True)
@@ -502,33 +556,41 @@ class Recipe(_Checked):
 _OPTIMIZERS = ('sgd', 'adam', 'adamw')
 PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
 KEEP = ('last', 'best')
+_STEPS, _ITEMS = 10**9, 2**24  # the longest run, and the largest batch
 
 def _whole(value): return isinstance(value, int) and not isinstance(value, bool)
-def _counts(value): return _whole(value) and value > 0
+def _counts(value, most=math.inf): return _whole(value) and 0 < value <= most
 def _plain(value): return number(value) if isinstance(value, (int, float)) else math.nan
 
 # %% ../nbs/04_training.ipynb #c41d5f20
 @patch
 def check(self:Recipe):
     "Raise a `ValueError` that names the first field that makes no sense."
-    positive, share = 'a finite number greater than 0', 'at least 0 and less than 1'
-    must(0 < _plain(self.epochs) < math.inf, 'epochs', self.epochs, positive)
-    must(0 < _plain(self.lr) < math.inf, 'lr', self.lr, positive)
-    counted, not_less = 'a whole number greater than 0', 'a finite number of at least 0'
-    must(_counts(self.batch_size), 'batch_size', self.batch_size, counted)
-    must(_counts(self.accumulate), 'accumulate', self.accumulate, counted)
+    share, not_less = 'at least 0 and less than 1', 'a finite number of at least 0'
+    must(0 < _plain(self.epochs) <= _STEPS, 'epochs', self.epochs,
+         f'a number greater than 0 and at most {_STEPS:,}')
+    must(0 < _plain(self.lr) < math.inf, 'lr', self.lr, 'a finite number greater than 0')
     must(0 <= _plain(self.momentum) < 1, 'momentum', self.momentum, share)
     must(0 <= _plain(self.warmup) < 1, 'warmup', self.warmup, share)
     must(0 <= _plain(self.weight_decay) < math.inf, 'weight_decay', self.weight_decay, not_less)
     must(self.clip is None or _plain(self.clip) > 0, 'clip', self.clip, 'greater than 0, or None')
     must(isinstance(self.augment, bool), 'augment', self.augment, 'True or False')
     must(_whole(self.seed), 'seed', self.seed, 'a whole number')
-    for name in ('steps', 'patience', 'rows'):
-        value = getattr(self, name)
-        must(value is None or _counts(value), name, value, f'{counted}, or None')
+    self._check_counts()
     self._check_words()
 
 # %% ../nbs/04_training.ipynb #b5e0a101
+@patch
+def _check_counts(self:Recipe):
+    "How many items, pieces, steps and rows."
+    for name, most in dict(batch_size=_ITEMS, accumulate=_ITEMS, steps=_STEPS).items():
+        value, more = getattr(self, name), ', or None' * (name == 'steps')
+        must(_counts(value, most) or more and value is None, name, value,
+             f'a whole number from 1 to {most:,}{more}')
+    for name in ('patience', 'rows'):
+        value = getattr(self, name)
+        must(value is None or _counts(value), name, value, 'a whole number greater than 0, or None')
+
 @patch
 def _check_words(self:Recipe):
     words = {'optimizer': _OPTIMIZERS, 'schedule': _SCHEDULES, 'precision': PRECISIONS,
@@ -542,14 +604,22 @@ def total_steps(self:Recipe,
     n:int, # Items in the training set
 )->int:
     "Optimiser steps of the whole run."
-    return self.steps or max(1, math.ceil(self.epochs * n / self.batch_size))
+    whole('n', n)
+    if self.steps: return self.steps
+    steps = self.epochs * n / self.batch_size
+    must(steps <= _STEPS, 'epochs', self.epochs,
+         f'so few that {n:,} items make at most {_STEPS:,} steps')
+    return max(1, math.ceil(steps))
 
+# %% ../nbs/04_training.ipynb #a2a00310
 @patch
 def lr_at(self:Recipe,
     step:int, # Number of the step, from 0
     total:int, # Steps of the whole run
 )->float:
     "The learning rate of a step."
+    whole('total', total)
+    whole('step', step, 0, total - 1)
     return self.lr * scheduled(self.schedule, (step + 0.5) / total, self.warmup)
 
 # %% ../nbs/04_training.ipynb #b5e0e102
@@ -590,14 +660,16 @@ def make_optimizer(self:Recipe,
     return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=nesterov, **kw)
 
 # %% ../nbs/04_training.ipynb #6d84b0f2
-def _stream(data, recipe, first, last):
+def _stream(data, recipe, first, last, orders):
     "The items of some steps, one batch after the other, and their views: (steps · b,)."
-    position = torch.arange(first * recipe.batch_size, last * recipe.batch_size)
-    epoch, place = position // len(data), position % len(data)
-    orders = {e: epoch_order(len(data), recipe.seed, e) for e in epoch.unique().tolist()}
-    index = torch.cat([order[place[epoch == e]] for e, order in orders.items()])
+    n, start, stop = len(data), first * recipe.batch_size, last * recipe.batch_size
+    epochs = range(start // n, (stop - 1) // n + 1)
+    for e in orders.keys() - epochs: del orders[e]
+    for e in epochs:
+        if e not in orders: orders[e] = epoch_order(n, recipe.seed, e)
+    index = torch.cat([orders[e][max(0, start - e * n):stop - e * n] for e in epochs])
     if not recipe.augment: return index, torch.zeros_like(index)
-    return index, data.view_of(recipe.seed, epoch, index)
+    return index, data.view_of(recipe.seed, torch.arange(start, stop) // n, index)
 
 # %% ../nbs/04_training.ipynb #66ded6d1
 @patch
@@ -607,15 +679,16 @@ def plan(self:Data,
     last:int, # Step before which to stop
     rank:int=0, # Number of this process
     world:int=1, # Number of processes
-    chunk:int=256, # Steps planned at a time
+    chunk:int=256, # Steps planned at a time; fewer if they have more than a million items
 ):
     "Yield (index, view) of every piece of every batch of this process, where the data are."
-    pieces = recipe.accumulate
+    pieces, orders = recipe.accumulate, {}
+    chunk = max(1, min(chunk, 2**20 // recipe.batch_size))
     def mine(t):  # (steps · b,) -> (steps · pieces, items)
         parts = t.view(-1, pieces, world, recipe.batch_size // (pieces * world))
         return parts[:, :, rank].flatten(0, 1).to(self.device)
     for start in range(first, last, chunk):
-        index, view = _stream(self, recipe, start, min(start + chunk, last))
+        index, view = _stream(self, recipe, start, min(start + chunk, last), orders)
         yield from zip(mine(index), mine(view))
 
 # %% ../nbs/04_training.ipynb #a6de0b4c
@@ -661,6 +734,9 @@ class Objective(nn.Module):
         model:nn.Module, # What is trained to be used: maps inputs to logits (B, ..., C)
     ):
         super().__init__()
+        _no_objective(model)
+        if isinstance(model, Teacher):
+            raise ValueError('model must be a network, but is a Teacher. Give its .model.')
         self.model = model
 
     def forward(self, batch:Batch)->dict: # {name: scalar loss}
@@ -669,21 +745,14 @@ class Objective(nn.Module):
                                   '{name: loss}')
 
 # %% ../nbs/04_training.ipynb #a3c9d814
-def _tried(ask, x, name):
-    "What is answered; a `ValueError` in one sentence if the inputs do not fit."
-    try: return ask(x)
-    except RuntimeError as error:
-        shape = tuple(x.shape[1:])
-        raise ValueError(f'{name} does not take inputs of shape {shape}: '
-                         f'{reason(error)}') from error
-
 def logits_of(
     model:nn.Module, # Maps inputs to logits; or a Teacher, for inputs in its own form
     x:Tensor, # Inputs, shape (B, ...), on any device
     name:str, # How to call the model in the message
 )->Tensor: # Logits, where the model is
     "What `model` answers in eval mode, without gradients; a `ValueError` if it can't take `x`."
-    ask = model.answers if isinstance(model, Teacher) else model
+    ask = model
+    if isinstance(model, Teacher): ask = lambda x: model._logits(model._ask(x))
     x = x.to(device_of(model, x.device))
     with evaluating(model): return logits_in(_tried(ask, x, name), name)
 
@@ -841,11 +910,13 @@ class History:
     losses: dict = field(default_factory=dict)   # {name: [one value per step]}
     seconds: float = 0.                          # Time spent in fit, over all interruptions
     environment: dict = field(default_factory=dict) # {'hardware': str, 'software': str}
-    measure: Measure|None = None                 # The primary one of the validation split
+    measure: Measure|tuple|None = None           # The primary one of the validation split
     planned: int|None = None                     # Steps of the whole run; fewer if it stops early
 
     def __post_init__(self):
-        if self.measure is not None: self.measure = Measure(*self.measure)
+        if self.measure is None: return
+        try: self.measure = Measure(*self.measure)
+        except (TypeError, ValueError): must(False, 'measure', self.measure, 'a Measure, or None')
 
     @property
     def last(self):
@@ -889,6 +960,8 @@ def plot_curves(
     x:str='step', # What the measure is drawn over: 'step' or 'epoch'
 ):
     "Draw losses and the primary measure, of one run or of several."
+    known = all(isinstance(h, History) for h in histories.values())
+    must(known, 'histories', histories, 'a History by name')
     left, right = axes
     alone, many = len(histories) == 1, len(histories) > 4
     name_of = {h.measure.name for h in histories.values() if h.measure}
@@ -941,19 +1014,27 @@ class Setup:
     log: object = None            # Function that is called with every row, or a tracker
 
     def __post_init__(self):
-        path = self.folder is None or isinstance(self.folder, (str, Path))
+        path = self.folder is None or isinstance(self.folder, (str, Path)) and self.folder != ''
         must(path, 'folder', self.folder, 'a path, or None')
         for name in ('resume', 'progress', 'compile'):
+            object.__setattr__(self, name, plain(getattr(self, name)))
             must(isinstance(getattr(self, name), bool), name, getattr(self, name), 'True or False')
         must(number(self.save_every) >= 0, 'save_every', self.save_every, 'a number of at least 0')
         must(self.log is None or callable(self.log), 'log', self.log, 'a function, or None')
 
 # %% ../nbs/04_training.ipynb #a6de0b39
+def _is_name(name):
+    "Can a file system have a folder of that name, right below another?"
+    ok = isinstance(name, str) and not set(name) & set('/\\\0') and Path(name).name == name
+    return ok and name not in ('', '..') and len(name.encode(errors='replace')) <= 255
+
 @patch
 def inside(self:Setup,
     name:str, # Of the folder below
 )->Setup:
     "The same in a folder of that name below this one, and with the log of that name."
+    must(_is_name(name), 'name', name, 'one that a folder can have: not empty, at most 255 bytes, '
+         'without / and \\, and neither . nor ..')
     folder = None if self.folder is None else Path(self.folder)/name
     return replace(self, folder=folder, log=getattr(self.log, 'inside', lambda _: self.log)(name))
 
@@ -966,36 +1047,37 @@ def setup_of(
     changes = {k: v for k, v in given.items() if k != 'setup'}
     if unknown := [k for k in changes if k not in known]:
         raise ValueError(f"the setup of a run has {', '.join(known)}, "
-                         f"but was given {', '.join(unknown)}.")
+                         f"but was given {', '.join(map(str, unknown))}.")
     must(isinstance(base, Setup), 'setup', base, 'a Setup')
     return replace(base, **changes)
 
-# %% ../nbs/04_training.ipynb #a6de0b38
-def _kind(name, value, kind, hint):
-    "Refuse what is of another kind, and say what it is."
-    if isinstance(value, kind): return
-    raise ValueError(f'{name} must be {hint}, but is a {type(value).__name__}.')
-
-def _check_kinds(objective, data, recipe, valid):
-    _kind('objective', objective, nn.Module,
-          'an nn.Module that maps a Batch to named losses')
-    check_data(data)
-    _kind('recipe', recipe, Recipe, 'a Recipe')
-    if valid is not None: check_data(valid, 'valid')
+# %% ../nbs/04_training.ipynb #a2a0030e
+@contextmanager
+def _alone(folder):
+    "Keep the folder of the first process for this run; one that is in use is refused in all."
+    with ExitStack() as stack:
+        def lock():
+            if folder is not None: stack.enter_context(locked(Checkpoint(folder).path.parent))
+        from_first(lock)
+        yield
 
 # %% ../nbs/04_training.ipynb #a6c86c7b
 def fit(
     objective:nn.Module, # Maps a Batch to {name: loss}; its parameters are trained in place
-    data, # The training set: an ImageData, or any other Data
+    data:Data, # The training set: an ImageData, or any other Data
     recipe:Recipe=Recipe(), # How to train
-    valid=None, # Validation split, measured once for each row
+    valid:Data|None=None, # Validation split, measured once for each row
     **setup, # Fields of Setup: folder, resume, device, progress, save_every, compile, log
 )->History: # Curves, seconds, environment
     "Minimise the losses of `objective` over `data`; afterwards everything is where it was."
-    _check_kinds(objective, data, recipe, valid)
+    check_data(data)
+    if valid is not None: check_data(valid, 'valid')
     setup = setup_of(setup)
     setup = replace(setup, device=fit_device(setup.device))
-    with _borrowed(objective, setup.device): return Run(objective, data, recipe, valid, setup).run()
+    with _borrowed(objective, setup.device), watched() as watch, _alone(setup.folder):
+        run = Run(objective, data, recipe, valid, setup)
+        watch.say = run._lost
+        return run.run()
 
 # %% ../nbs/04_training.ipynb #b88e9146
 class Run:
@@ -1007,7 +1089,7 @@ class Run:
         valid=None, # As in fit
         setup:Setup=Setup(), # Where it takes place, and what it leaves
     ):
-        _check_valid(valid, recipe)
+        _check_valid(data, valid, recipe)
         self.objective, self.recipe, self.setup = objective, recipe, setup
         self.checkpoint = None if setup.folder is None else Checkpoint(setup.folder)
         with apart():
@@ -1027,13 +1109,23 @@ def _begin(self:Run, data, valid):
     self.history = History([], {}, 0., environment(device), measure, self.total)
     self.noise = int(mix(self.recipe.seed, self.accelerator.process_index)) % 2**48
     self.made_from = self._made_from()
-    kept = self.checkpoint and self.checkpoint.kept(self.made_from, self.setup.resume)
+    if world()[1] > 1: agreed(self._marks())
+    kept = self._kept()
     self._place()
     if not kept: return
     try: self._restore(*kept)
     except BaseException:
         self._unwrap()
         raise
+
+# %% ../nbs/04_training.ipynb #a2a00304
+@patch
+def _lost(self:Run, why):
+    "The end of the line that tells that a process was lost."
+    again = 'nothing was kept, for the run has no folder'
+    if (folder := self.setup.folder) is not None:
+        again = f'with resume=True the run goes on from the checkpoint in {str(folder)!r}'
+    return f' at step {self.step} of {self.total}: {why}. Start all ranks again; {again}.'
 
 # %% ../nbs/04_training.ipynb #5d71c4a4
 def _alike(piece, weighted):
@@ -1059,7 +1151,12 @@ def _pieces(self:Run, batches):
 @patch
 def _losses(self:Run, piece, share):
     "The losses of a piece, checked, and scaled by its share of the batch."
-    losses = self.wrapped(self.data.arranged(piece, self.accelerator.mixed_precision != 'no'))
+    batch = self.data.arranged(piece, self.accelerator.mixed_precision != 'no')
+    try: losses = self.wrapped(batch)
+    except (TypeError, AttributeError) as error:
+        if 'Batch' not in str(error): raise
+        must(False, 'objective', self.objective, 'a module that maps a Batch to named losses, as '
+             f'Supervised(model) does (this one fails: {reason(error)})')
     self._check_losses(losses)
     return losses if share is None else {name: share * loss for name, loss in losses.items()}
 
@@ -1098,7 +1195,7 @@ def steps(self:Run):
                 if row: self._add_row()
                 self._show(bar, len(unread))
                 unread = []
-                if time.perf_counter() - self.saved >= self.setup.save_every: self._save()
+                if from_first(self._save_is_due): self._save()
             yield
 
 # %% ../nbs/04_training.ipynb #4b90e1da
@@ -1108,6 +1205,7 @@ def run(self:Run)->History: # Curves, seconds, environment
     try:
         for _ in self.steps(): pass
         if self.best: self._put(self.best)
+        self._share(self._state() | dict(self.objective.named_buffers()))
         self._save(done=True)
         self.history.seconds = self._seconds()
         return self.history
@@ -1150,16 +1248,18 @@ def _add_row(self:Run):
            'lr': self.recipe.lr_at(self.step - 1, self.total), 'seconds': self._seconds()}
     means = {name: sum(values) / len(values) for name, values in latest.items()}
     self.history.rows.append(row | means | self._measure())
+    if not self.accelerator.is_main_process: return
     if self.recipe.keep == 'best' and self.history.best is self.history.last:
         self.best = self._state(copy=True)
-    if self.accelerator.is_main_process: self._tell()
+    self._tell()
 
 # %% ../nbs/04_training.ipynb #8bc147e3
 @patch
 def _measured(self:Run):
     own = getattr(self.objective, 'measure', lambda valid: evaluate(self.objective.model, valid))
+    shared = _together() if own.__module__ == __name__ else nullcontext()
     try:
-        with self._cast(): found = own(self.valid)
+        with self._cast(), shared: found = own(self.valid)
     except NotFiniteError as error:
         raise DivergedError(f'after step {self.step - 1} of {self.total} {error} A smaller '
                             f'learning rate than {self.recipe.lr} usually helps.') from error
@@ -1169,17 +1269,19 @@ def _measured(self:Run):
 # %% ../nbs/04_training.ipynb #b5e0a111
 @patch
 def _measure(self:Run):
-    "What the main process measured, in every process."
+    "What the first process measured, in every process."
     if self.valid is None: return {}
-    if self.accelerator.num_processes == 1: return self._measured()
-    from accelerate.utils import broadcast_object_list
-    found = [None]
-    if self.accelerator.is_main_process:
-        try: found = [self._measured()]
-        except DivergedError as error: found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], DivergedError): raise found[0]
-    return found[0]
+    self._share(dict(self.objective.named_buffers()))
+    found = self._measured()
+    return from_first(lambda: found)
+
+# %% ../nbs/04_training.ipynb #a2a0030a
+@patch
+def _share(self:Run, tensors):
+    "Give these tensors of the objective the values that they have in the first process."
+    if world()[1] == 1: return
+    with torch.no_grad():
+        for name, t in same_tensors(tensors).items(): tensors[name].copy_(t)
 
 # %% ../nbs/04_training.ipynb #b5e0a104
 @patch
@@ -1235,7 +1337,7 @@ def apart():
             if state is not PartialState or not several(): state._shared_state = shared
 
 def fit_device(
-    device:str|None=None, # 'cpu', 'cuda', 'mps', ...; None: the best there is
+    device:str|torch.device|None=None, # 'cpu', 'cuda', 'mps', ...; None: the best there is
 )->torch.device:
     "The device on which `fit` will run; a `ValueError` if this machine does not have it."
     with apart(): return _claim(device)
@@ -1243,10 +1345,7 @@ def fit_device(
 # %% ../nbs/04_training.ipynb #1a6f0d93
 def _wanted(device):
     "The device that a name means, and the one to take: the same, or the best where None was given."
-    try: want = None if device is None else torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError("device must be one like 'cpu', 'cuda' or 'mps', "
-                         f'but is {device!r}.') from None
+    want = None if device is None else _device(device)
     if want or not torch.accelerator.is_available(): return want, want or torch.device('cpu')
     return None, torch.accelerator.current_accelerator()
 
@@ -1321,6 +1420,7 @@ def seed_noise(
     device:torch.device, # Where they draw them
 ):
     "Seed the generator of `device` alone, which is cheap enough for every step."
+    device = _device(device)
     if device.type == 'cpu': torch.default_generator.manual_seed(seed)
     else: torch.get_device_module(device).manual_seed(seed)
 
@@ -1411,7 +1511,7 @@ def environment(
 )->dict: # {'hardware': str, 'software': str}
     "Hardware and software in a line each, for whoever wants to repeat a measurement."
     import os, platform
-    device, can = torch.device(device), getattr(torch.cpu, 'get_capabilities', dict)()
+    device, can = _device(device), getattr(torch.cpu, 'get_capabilities', dict)()
     flags = {'AMX': 'amx_bf16', 'AVX-512 bf16': 'avx512_bf16'}
     units = [name for name, flag in flags.items() if can.get(flag)][:1]
     cpu = [f'{os.cpu_count()} cores {platform.machine()}', str(can.get('cpu_name', '')), *units]
@@ -1420,6 +1520,34 @@ def environment(
         hardware += f', {torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}'
     software = f'Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}'
     return {'hardware': hardware, 'software': software}
+
+# %% ../nbs/04_training.ipynb #a2a00202
+class _Heard(Batch):
+    "A batch that another rank asked about: its inputs are made when they are wanted."
+    @property
+    def x(self): return self.data.get(self.index, self.view).x
+
+def _heard(own, ask, batch_size):
+    "Pairs of logits and batch in order, where each rank asks about its share."
+    (rank, size), parts = world(), torch.arange(len(own)).split(batch_size)
+    turns = [parts[k:k + size] for k in range(0, len(parts), size)]
+    mine = (turn[min(rank, len(turn) - 1)] for turn in turns)  # with none left, the last again
+    for turn, b in zip(turns, own.stream((i, torch.zeros_like(i)) for i in mine)):
+        logits, y = gathered(ask(b.x).float()), gathered(b.y)
+        weights = [None] * size if b.weight is None else gathered(b.weight)
+        for k, index in enumerate(turn):
+            index, view = index.to(b.index), torch.zeros_like(index).to(b.view)
+            other = _Heard._make((None, y[k], index, view, weights[k]))
+            other.data = own
+            yield logits[k], b if k == rank else other
+
+# %% ../nbs/04_training.ipynb #f1f00011
+@contextmanager
+def _together():
+    "Inside, the ranks share the questions of predict and evaluate."
+    before = _PAIRS.set(_heard if world()[1] > 1 else _ask_alone)
+    try: yield
+    finally: _PAIRS.reset(before)
 
 # %% ../nbs/04_training.ipynb #61106ae8
 def describe(
@@ -1439,6 +1567,15 @@ def _made_from(self:Run):
     return {'recipe': asdict(self.recipe), 'data': self.data.fingerprint(),
             'objective': describe(self.objective),
             'initial weights': fingerprint(self.objective.state_dict())}
+
+# %% ../nbs/04_training.ipynb #a2a0030c
+@patch
+def _marks(self:Run):
+    "What all processes of a run must begin with, by name."
+    recipe = {f'{name} of the recipe': value for name, value in asdict(self.recipe).items()}
+    same = {name: self.made_from[name] for name in ('data', 'objective')}
+    valid = None if self.valid is None else self.valid.fingerprint()
+    return recipe | same | {'valid': valid, 'precision': self.accelerator.mixed_precision}
 
 # %% ../nbs/04_training.ipynb #a6de0b27
 @patch
@@ -1471,30 +1608,57 @@ def _state_name(model):
 def _under(name, tensors): return {f'{name}.{k}': v for k, v in tensors.items()}
 
 @patch
+def _save_is_due(self:Run): return time.perf_counter() - self.saved >= self.setup.save_every
+
+@patch
 def _save(self:Run, done=False):
     "Write the checkpoint."
     self.saved = time.perf_counter()
     self._check_weights()
-    if self.checkpoint is None or not self.accelerator.is_main_process: return
-    scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-    history = asdict(self.history) | {'seconds': self._seconds()}
-    meta = {**self.made_from, 'step': self.step, 'done': done, 'scaler': scaler, 'history': history}
+    from_first(lambda: self.checkpoint and self.checkpoint.write(*self._kept_state(done)))
+
+# %% ../nbs/04_training.ipynb #a2a00302
+@patch
+def _kept_state(self:Run, done):
+    "The tensors of a checkpoint, and the rest."
+    scaler, losses = self.accelerator.scaler, self.history.losses
+    history = asdict(replace(self.history, losses={}, seconds=self._seconds()))
+    meta = {**self.made_from, 'step': self.step, 'done': done, 'losses': list(losses),
+            'scaler': scaler and scaler.state_dict(), 'history': history}
     tensors = _under('objective', self._state())
+    for name, values in losses.items():
+        tensors[f'losses.{name}'] = torch.tensor(values, dtype=torch.float32)
     if not done: tensors |= _optimizer_tensors(self.optimizer) | _under('best', self.best)
-    self.checkpoint.write(tensors, meta)
+    return tensors, meta
 
 # %% ../nbs/04_training.ipynb #9d448b86
 def _below(name, tensors):
     return {k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')}
 
 @patch
+def _kept(self:Run):
+    "Tensors and the rest of the checkpoint in the folder of the first process, or None."
+    read = {}
+    def look():
+        found = self.checkpoint and self.checkpoint.kept(self.made_from, self.setup.resume)
+        if not found: return
+        read.update(found[0])
+        self._check_kept(*found)
+        return found[1]
+    meta = from_first(look)
+    return meta and (same_tensors(read), meta)
+
+# %% ../nbs/04_training.ipynb #a2a0030d
+@patch
 def _restore(self:Run, tensors, meta):
     "Continue where the checkpoint stopped."
     self._put(_below('objective', tensors))
     self.step, self.history = meta['step'], History(**meta['history'])
+    lists, scaler = _below('losses', tensors), self.accelerator.scaler
+    self.history.losses |= {name: lists[name].tolist() for name in meta.get('losses', ())}
     self.history.planned, self.best = self.total, _below('best', tensors)
     if not meta['done']: _restore_optimizer(self.optimizer, tensors)
-    if meta['scaler']: self.accelerator.scaler.load_state_dict(meta['scaler'])
+    if meta['scaler'] and scaler: scaler.load_state_dict(meta['scaler'])
 
 # %% ../nbs/04_training.ipynb #c7f25d09
 @patch
@@ -1532,14 +1696,74 @@ def _refuse(self:Checkpoint, part, before, now):
     raise ValueError(f"{made} from {'other' if weights else 'another'} {part}: it names {before}, "
                      f'and this run has {now}.{hint}')
 
+# %% ../nbs/04_training.ipynb #a2a00306
+@patch
+def _check_kept(self:Run, tensors, meta):
+    "Refuse a state that no run has written."
+    def field(name, ok, allowed):
+        must(ok, f'{name} in {str(self.checkpoint.path)!r}', meta.get(name), allowed)
+    step, scaler = meta.get('step'), meta.get('scaler')
+    right = _whole(step) and 0 <= step <= self.total
+    field('step', right, f'a whole number from 0 to {self.total:,}')
+    field('done', isinstance(meta.get('done'), bool), 'true or false')
+    own = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
+    known = isinstance(scaler, dict) and own.keys() <= scaler.keys() and _numbers_in(scaler)
+    field('scaler', scaler is None or known, 'the state of a gradient scaler, or null')
+    field('history', _is_history(meta.get('history'), step), f'that of a run of {step:,} steps')
+    if 'losses' in meta: field('losses', _are_losses(meta['losses'], tensors, step),
+                               f'the names of tensors with the losses of {step:,} steps')
+    self._check_kept_tensors(tensors, meta['done'])
+
+# %% ../nbs/04_training.ipynb #a2a00307
+def _number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _numbers_in(value): return isinstance(value, dict) and all(map(_number, value.values()))
+
+def _is_history(kept, step):
+    "Are these the fields of a History after so many steps?"
+    try: h = History(**kept)
+    except (TypeError, ValueError): return False
+    m = h.measure
+    names = m is None or isinstance(m.name, str) and {type(m.higher), type(m.share)} == {bool}
+    rows = isinstance(h.rows, list) and all(
+        _numbers_in(row) and _counts(row.get('step'), step) for row in h.rows)
+    def whole_curve(v): return isinstance(v, list) and len(v) == step and all(map(_number, v))
+    losses = isinstance(h.losses, dict) and all(map(whole_curve, h.losses.values()))
+    return names and rows and losses and _number(h.seconds) and isinstance(h.environment, dict)
+
+def _are_losses(names, tensors, step):
+    kept = [tensors.get(f'losses.{name}') for name in names] if isinstance(names, list) else [None]
+    return all(t is not None and t.shape == (step,) and t.is_floating_point() for t in kept)
+
+# %% ../nbs/04_training.ipynb #a2a00309
+@patch
+def _check_kept_tensors(self:Run, tensors, done):
+    "Refuse tensors that do not fit the objective or its optimiser."
+    own = {name: t.shape for name, t in self._state().items()}
+    trained = [p.shape for p in self.objective.parameters() if p.requires_grad]
+    def right(name, shape):
+        i, _, k = name.partition('.')
+        known = k and i.isdecimal() and int(i) < len(trained)
+        return known and (shape.numel() == 1 or shape == trained[int(i)])
+    for part in ('objective', 'best'):
+        kept = {name: t.shape for name, t in _below(part, tensors).items()}
+        must(kept == own or part == 'best' and not kept, f'{part} in {str(self.checkpoint.path)!r}',
+             kept, 'the tensors of this objective')
+    for name, t in _below('optimizer', tensors).items():
+        must(right(name, t.shape), f'the tensors in {str(self.checkpoint.path)!r}',
+             f'optimizer.{name}', 'the memory of an optimiser of this objective')
+
 # %% ../nbs/04_training.ipynb #ad6c92e0
-def _check_valid(valid, recipe):
+def _check_valid(data, valid, recipe):
     "Refuse a split that can not be measured, and a recipe that needs one that is not there."
     without = 'without a validation split, by which the best is found'
     if valid is None:
         must(recipe.keep == 'last', 'keep', recipe.keep, f"'last' {without}")
         must(recipe.patience is None, 'patience', recipe.patience, f'None {without}')
         return
+    numbers = [str(i) for i in range(len(data.classes))]  # as where nobody knows names
+    unnamed = list(data.classes) == numbers and set(numbers).isdisjoint(valid.classes)
+    for i, (own, other) in enumerate(zip(data.classes, valid.classes)):
+        must(own == other or unnamed, f'class {i} of valid', other, f'{own!r}, as in data')
     must(valid.measures, 'measures of valid', valid.measures, 'at least one Measure')
     if (missing := len(valid) - int(valid.labelled.sum())):
         raise ValueError(f'valid must have a label for each of its {len(valid):,} items, '
@@ -1555,6 +1779,16 @@ def _check(self:Run):
             if isinstance(m, Teacher): m.check(self.data)
     student = list(getattr(self.objective, 'model', self.objective).parameters())
     if student: _trainable(student)
+    if self.accelerator.device.type == 'cpu': self._check_size()
+
+@patch
+def _check_size(self:Run):
+    "Refuse a batch whose inputs alone do not fit into memory."
+    r, one = self.recipe, torch.zeros(1, dtype=torch.long)
+    item, free = self.data.get(one, one).x.nbytes, free_bytes()
+    need = item * (r.batch_size // (world()[1] * r.accumulate))
+    must(need < free, 'batch_size', r.batch_size, 'small enough for the memory, of which '
+         f'{free:,} bytes are free and the inputs of a piece take {need:,}')
 
 # %% ../nbs/04_training.ipynb #7f2e9e99
 def _is_scalar(value): return isinstance(value, Tensor) and value.ndim == 0
@@ -1584,14 +1818,18 @@ def _check_weights(self:Run):
 
 # %% ../nbs/04_training.ipynb #1b2ad6e9
 @patch
+def _left(self:Run):
+    if not (self.checkpoint and self.checkpoint.path.exists()): return 'no checkpoint was written'
+    return f'the checkpoint {str(self.checkpoint.path)!r} holds the last good state'
+
+@patch
 def _stop(self:Run, values, at, which):
     "Raise an error that names the loss, the step, and the reason or what usually helps."
-    step, kept, value = self.step - len(values) + at, 'no checkpoint was written', values[at, which]
-    if self.checkpoint and self.checkpoint.path.exists():
-        kept = f'the checkpoint {str(self.checkpoint.path)!r} holds the last good state'
+    step, value = self.step - len(values) + at, values[at, which]
     broke = (f'the loss {self.names[which]!r} became {value:g} at step {step} of {self.total}; '
-             f'{kept}.')
-    if not value.isfinite() and (why := self._why(step)): raise ValueError(f'{broke} {why}')
+             f'{from_first(self._left)}.')
+    reasons = [] if value.isfinite() else from_each(self._why(step))  # each asks its own rows
+    if why := next(filter(None, reasons), None): raise ValueError(f'{broke} {why}')
     raise DivergedError(f'{broke} A smaller learning rate than {self.recipe.lr} or gradient '
                         'clipping usually helps.')
 
@@ -1606,3 +1844,6 @@ def _why(self:Run, step):
             with self._cast(): why = explain(batch)
         except Exception: return  # an explanation that fails must not hide what it was to explain
         if why: return why[0].upper() + why[1:]
+
+# %% ../nbs/04_training.ipynb #dd04trai
+guard(globals())

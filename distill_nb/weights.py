@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .files import different_names, read_weights, reason, stored_classes
+from .doors import guard, must, reason
+from .files import read_weights, stored_classes
 
 # %% ../nbs/weights.ipynb #a0c4c295
 class _Asked:
@@ -586,7 +587,7 @@ def _read(file):
     try:
         if kind == 'pickle': _refuse(file, _pickled(file))
         _, root = _read_torch(file, _look_zip if kind == 'zip' else _look_old)
-    except _Refusal: raise
+    except (_Refusal, OSError): raise
     except Exception as e: _refuse(file, _damaged(e))
     tables = _tables(root)
     if not tables: _refuse(file, _no_table(file, root))
@@ -594,11 +595,14 @@ def _read(file):
 
 # %% ../nbs/weights.ipynb #a75a9eed
 def read_checkpoint(
-    path, # File of any suffix; FILE::PART takes one of its tables, such as best.pth::ema
+    path:str|Path, # File of any suffix; FILE::PART takes one of its tables, such as best.pth::ema
 ) -> Stored:
     "Read a file of weights without running anything that it holds"
-    file, part = _file_and_part(path)
-    tables, facts, beside = _read(file)
+    try:
+        file, part = _file_and_part(path)
+        tables, facts, beside = _read(file)
+    except OSError as e:
+        raise ValueError(f"path '{path}' cannot be read: {e.strerror or reason(e)}.") from e
     if part is not None: tables = _part_of(tables, part, file)
     return Stored(str(path), tables, facts, beside)
 
@@ -723,6 +727,7 @@ def fitting(
     model:nn.Module, # Network that is to take the weights; it is not changed
 ) -> Fitting:
     "Find the weights of `model` in a file, whatever stands in front of their names"
+    must(stored.tables, 'stored', stored, 'what read_checkpoint gives, with a table of tensors')
     file, flat = stored.source.split('::')[0], _flat(stored)
     fit, rival, others = _best(flat, model, file)
     unread = _unread(stored.beside, file)
@@ -730,11 +735,13 @@ def fitting(
     more = ''
     if rival: more = f', an average; the raw ones are {file}::{rival.prefix}'
     if others: more += f'; {file}::{others[0].prefix} would fit too'
-    said = [f'{file}: the weights under {fit.prefix!r} are taken{more}']
-    said = said if fit.prefix or more else []
+    said = [f'{file}: the weights under {fit.prefix!r} are taken{more}'] * bool(fit.prefix or more)
     state = fit.found | fit.left
     taken = {*map(id, state.values())}
     alone = [name for name, (t, _) in flat.items() if id(t) not in taken]
     if alone:
         said.append(f'{file}: {len(alone)} other tensors are left alone, such as {alone[0]}')
     return Fitting(state, said + unread)
+
+# %% ../nbs/weights.ipynb #ddweight
+guard(globals())

@@ -7,18 +7,20 @@ __all__ = ['model_names', 'build_model', 'load_weights', 'Says', 'package_says',
            'open_model']
 
 # %% ../nbs/zoo.ipynb #97d14cf2
-import copy, difflib, inspect, json, math, pickle, re, sys, traceback, types, zlib
+import copy, difflib, inspect, math, os, pickle, re, sys, traceback, types, zlib
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .files import different_names, must, reason, whole
+from .doors import different_names, guard, must, number, plain, reason, whole
+from .files import from_json
 from .weights import fitting, read_checkpoint
 from .models import (WideResNet, checked_state, digit_student, digit_teacher, head_name,
                                imagenet_weights, resnet110, resnet14, resnet18, resnet20, resnet32,
@@ -138,9 +140,27 @@ def _damaged_file(kind, folder, e):
     return f"{', '.join(files)} of 'hf:{folder}' cannot be read: {type(e).__name__}: {reason(e)}"
 
 
+# %% ../nbs/zoo.ipynb #d3d00042
+_LARGEST = dict(num_labels=10**6, num_channels=10_000, image_size=10_000, size=10_000,
+                crop_size=10_000, num_hidden_layers=1000, num_attention_heads=1000)
+
+def _leaves(value):
+    "What stands in lists and dicts"
+    if isinstance(value, dict): value = list(value.values())
+    return [v for inside in value for v in _leaves(inside)] if isinstance(value, list) else [value]
+
+def _check_sizes(file):
+    "Refuse a JSON file whose numbers would take all memory or all time"
+    try: found = from_json(file.read_bytes(), file)
+    except (OSError, ValueError): return  # which transformers does not read either
+    for key, most in _LARGEST.items() if isinstance(found, dict) else ():
+        ok = all(v is None or 0 < number(v) <= most for v in _leaves(found.get(key)))
+        must(ok, f"{key} in '{file}'", found.get(key), f'numbers from 1 to {most:,}')
+
 # %% ../nbs/zoo.ipynb #6794a5ef
 def _from_hub(kind, name, **more):
     "What a class of transformers reads from a folder or from the hub"
+    if kind in _READS: _check_sizes(Path(name)/_READS[kind])
     read = getattr(_transformers(), kind).from_pretrained
     try:
         with _quiet(): return read(name, trust_remote_code=False, **more)
@@ -154,7 +174,7 @@ def _hf_model(name, classes, channels, size):
     make = _transformers().AutoModelForImageClassification.from_config
     try:
         with _quiet(): return make(config, trust_remote_code=False)
-    except ValueError as e: raise ValueError(_unread('', name, e)) from e
+    except Exception as e: raise ValueError(_unread('AutoConfig', name, e)) from e
 
 # %% ../nbs/zoo.ipynb #508dce07
 def _fails(e, path):
@@ -229,7 +249,7 @@ def _check_ours(name):
     "Refuse a name that is neither ours nor has a prefix"
     if name in _models or re.fullmatch(_WIDE, name): return
     known = f"{', '.join(_models)}, wrn_DEPTH_WIDTH, torchvision:NAME, timm:NAME, hf:NAME"
-    more = f" For the folder '{name}' say hf:{name}." if Path(name).is_dir() else ''
+    more = f" For the folder '{name}' say hf:{name}." if os.path.isdir(name) else ''
     raise ValueError(f"There is no model '{name}'; there are {known} and FILE.py:FUNCTION.{more}")
 
 # %% ../nbs/zoo.ipynb #a387c05a
@@ -259,7 +279,8 @@ def _tried(name, classes, channels, size):
     shape = f'{channels} x {size} x {size}'
     try:
         made = _build(name, classes, channels, size)
-        logits = teacher_of(made).answers(torch.zeros(1, channels, size, size))
+        asked = teacher_of(made)
+        logits = asked._logits(asked._ask(torch.zeros(1, channels, size, size)))
     except Exception as e:
         why = _why(name, e)
         if why is None: raise
@@ -270,6 +291,13 @@ def _tried(name, classes, channels, size):
                                   f'but gives them in the shape {tuple(logits.shape)}.{more}')
     return made
 
+# %% ../nbs/zoo.ipynb #d3d00041
+_MOST = dict(classes=10**6, channels=10_000, size=10_000, images=10_000)
+
+def _check_numbers(**numbers):
+    "Refuse what is no number of classes or channels, or no side of an image"
+    for what, n in numbers.items(): whole(what, n, 1, _MOST[what])
+
 # %% ../nbs/zoo.ipynb #eab83644
 def build_model(
     name:str,       # Of this course, with a prefix (torchvision:, timm:, hf:), or FILE.py:FUNCTION
@@ -278,8 +306,8 @@ def build_model(
     size:int=32,    # Height and width of an image; up to 64, ResNets get the stem for small images
 ) -> nn.Module:     # With random weights, in train mode
     "A model by its name, tried on an image of this shape"
-    for what, value in dict(classes=classes, channels=channels, size=size).items():
-        whole(what, value)
+    classes, channels, size = map(plain, (classes, channels, size))
+    _check_numbers(classes=classes, channels=channels, size=size)
     made = _tried(name, classes, channels, size)
     return made.model if isinstance(made, Teacher) else made
 
@@ -350,12 +378,10 @@ def _inside(model, classes):
 # %% ../nbs/zoo.ipynb #553f5039
 def load_weights(
     model:nn.Module, # Network that takes the weights; it stays as it is if they do not fit
-    path,            # File of weights of any kind that read_checkpoint reads
-    classes=None,    # Names of the classes in the order of the outputs; None: in that of the file
+    path:str|Path,   # File of weights of any kind that read_checkpoint reads
+    classes:list|None=None, # Names in the order of the outputs; None: in that of the file
 ) -> nn.Module:      # The same network
     "Load the weights in `path`, the head in the order of `classes` if the file names them"
-    must(isinstance(model, nn.Module), 'model', model, 'a network (nn.Module); open_model(name, '
-         'weights) takes a name')
     given, model, classes = model, *_inside(model, classes)
     stored = read_checkpoint(path)
     found, named = fitting(stored, model), None if classes is None else stored.classes
@@ -458,7 +484,9 @@ def _slope(x):
 # %% ../nbs/zoo.ipynb #acd4f2fd
 def _hf_facts(name):
     config = _from_hub('AutoConfig', name)
-    names = [config.id2label[i] for i in range(config.num_labels)]
+    names = [config.id2label.get(i) for i in range(config.num_labels)]
+    must(all(isinstance(c, str) for c in names), f"id2label in config.json of 'hf:{name}'",
+         config.id2label, 'a name for each output, which are counted from 0')
     namings = [] if names[:1] in ([], ['LABEL_0']) else _namings(names)
     side = getattr(config, 'image_size', None)
     try: mean, std, size, crop = _shown(_from_hub('AutoImageProcessor', name), name)
@@ -480,6 +508,7 @@ def package_says(
     channels:int=3, # Channels of an image
 ) -> Says|None:     # None where no package has weights for it
     "What a package says of its weights for a name"
+    _check_numbers(channels=channels)
     kind, word = _package(name)
     if kind not in _facts: return None
     says = _facts[kind](word)
@@ -492,6 +521,7 @@ def brings_weights(
     size:int|None, # Side of the images; None: that of the weights
 ) -> bool:
     "Does a package have weights for this name that are meant for images like these?"
+    if size is not None: _check_numbers(size=size)
     kind, word = _package(name)
     if kind == 'timm': return bool(_timm_says(word).has_weights)
     return kind == 'hf' or kind == 'torchvision' and (size is None or size > 64)
@@ -506,11 +536,13 @@ class _Asked(NamedTuple):
     images:int|None = None  # Of the images at hand, where nobody says what it is to see
 
 def _asked(classes=None, channels=None, size=None, images=None):
+    if isinstance(classes, np.ndarray): classes = classes.tolist()
+    classes, channels, size, images = map(plain, (classes, channels, size, images))
     named = classes is not None and not isinstance(classes, int)
     names = different_names(classes) if named else None
     outputs = len(names) if named else classes
-    for what, n in dict(classes=outputs, channels=channels, size=size, images=images).items():
-        if n is not None: whole(what, n)
+    given = dict(classes=outputs, channels=channels, size=size, images=images)
+    _check_numbers(**{what: n for what, n in given.items() if n is not None})
     return _Asked(names, outputs, channels, size, images)
 
 # %% ../nbs/zoo.ipynb #071c8e7c
@@ -638,33 +670,36 @@ def _from_package(name, asked):
     return Opened(teacher, [line], new, not new)
 
 # %% ../nbs/zoo.ipynb #c4792502
-def _fact(facts, key, least, source, read=int):
+def _fact(facts, key, source, least=1, most=math.inf, read=int):
     "A number among the facts of a file; None where it says nothing"
     if key not in facts: return None
     try: value = read(facts[key])
     except ValueError: value = math.nan
-    ok = math.isfinite(value) and value >= least
-    must(ok, f"the {key} that '{source}' names", facts[key], f'a number of at least {least}')
+    ok = least <= value <= most and value != math.inf
+    allowed = f'of at least {least}' if most == math.inf else f'from {least} to {most:,}'
+    must(ok, f"the {key} that '{source}' names", facts[key], f'a number {allowed}')
     return value
 
 # %% ../nbs/zoo.ipynb #8a0c492d
 def _normalisation(facts, channels, source):
     "Mean and std among the facts of a file, or two times None"
     if 'mean' not in facts or 'std' not in facts: return None, None
-    try: mean, std = ([float(v) for v in json.loads(facts[k])] for k in ('mean', 'std'))
-    except (ValueError, TypeError): mean, std = [], []
-    fits = len(mean) == len(std) == (channels or len(mean))
-    if not fits or min(std, default=0) <= 0 or not all(map(math.isfinite, mean + std)):
+    try: mean, std = (from_json(facts[k], source) for k in ('mean', 'std'))
+    except ValueError: mean, std = [], []
+    fits = isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) > 0
+    fits = fits and all(abs(number(v)) < 1e6 for v in mean + std) and min(std) > 0
+    if not fits or channels not in (None, len(mean)):
         raise ValueError(f"'{source}' names a normalisation that is not one for "
-                         f"{channels or 'any'} channels: mean {facts['mean']}, std {facts['std']}.")
+                         f"{channels or 'any'} channels: mean {facts['mean']:.100}, "
+                         f"std {facts['std']:.100}.")
     return mean, std
 
 # %% ../nbs/zoo.ipynb #5fcf32ee
 def _reached(facts, source):
     "What a network reached on the validation split of its run, by the name of the measure"
-    items = _fact(facts, 'valid_items', 1, source)
+    items = _fact(facts, 'valid_items', source)
     named = [k for k in facts if k.startswith('valid_') and k != 'valid_items']
-    found = {k.removeprefix('valid_'): _fact(facts, k, 0, source, float) for k in named}
+    found = {k.removeprefix('valid_'): _fact(facts, k, source, 0, read=float) for k in named}
     return found | ({'items': items} if items else {}) if found else None
 
 # %% ../nbs/zoo.ipynb #29f35656
@@ -674,9 +709,9 @@ def _file_asked(name, stored, asked):
     if names and asked.names and not set(asked.names) <= set(names):
         _class_order(names, asked.names, stored.source)
     if asked.names is None and asked.outputs not in (None, len(names or [])): names = None
-    number = lambda key: _fact(facts, key, 1, stored.source)
-    names, size = names or asked.names, asked.size or number('size')
-    channels = asked.channels or number('channels')
+    said = lambda key: _fact(facts, key, stored.source, 1, _MOST[key])
+    names, size = names or asked.names, asked.size or said('size')
+    channels = asked.channels or said('channels')
     mean, _ = _normalisation(facts, channels, stored.source)
     if not size and _kind(name)[0] in _facts:
         says = package_says(name)
@@ -699,7 +734,7 @@ def _counted(name, stored, asked):
     state = fitting(stored, model).state
     def shape(layer):
         try: return state[f'{layer(model)}.weight'].shape
-        except (KeyError, ValueError, StopIteration): return None
+        except (KeyError, ValueError): return None
     head, stem = shape(head_name), shape(stem_name)
     large = name in _torchvision_resnets and stem and stem[-1] == 7
     return asked._replace(outputs=asked.outputs or (head and head[0]),
@@ -718,7 +753,7 @@ def _from_file(name, path, asked):
     fitted = fitting(stored, made.model)
     aux = _load(made.model, fitted.state, path, name)
     mean, std = _normalisation(stored.facts, counted.channels, path)
-    crop = _fact(stored.facts, 'crop', 0, path, float) or 1.
+    crop = _fact(stored.facts, 'crop', path, 0.01, 1, float) or 1.
     clauses = dict(classes=asked.names, mean=mean, std=std, reached=_reached(stored.facts, path),
                    size=asked.size and (asked.size, crop))
     given = {k: v for k, v in clauses.items() if v is not None}
@@ -759,7 +794,7 @@ _SAVED = (' transformers renames weights when it saves them: give hf:FOLDER with
 def _made_for(state, own, model):
     "For which images weights were made, if these are others"
     try: key = f'{stem_name(model)}.weight'
-    except StopIteration: return ''
+    except ValueError: return ''
     if key not in state or state[key].ndim != own[key].ndim: return ''
     if (n := state[key].shape[1]) != own[key].shape[1]:
         return f' It was made for images of {n} channels.'
@@ -768,7 +803,6 @@ def _made_for(state, own, model):
             side = math.isqrt(t.shape[1]) * state[key].shape[-1]
             return f' It was made for images of {side} x {side}: give size={side}.'
     return ''
-
 
 # %% ../nbs/zoo.ipynb #3ea73ac9
 def _is_weights(name):
@@ -779,6 +813,7 @@ def _is_weights(name):
 
 _SUFFIXES = '.safetensors', '.pth', '.pt', '.bin', '.tar', '.ckpt'
 
+# %% ../nbs/zoo.ipynb #d3d00045
 def _architecture(path):
     "The name of the network that a file of weights names"
     name = read_checkpoint(path).facts.get('architecture')
@@ -788,13 +823,16 @@ def _architecture(path):
     if _kind(name)[0] == 'file':
         raise ValueError(f"'{path}' holds weights for {name}, and the code of a file is not run "
                          f"unasked: say it with open_model('{name}', weights='{path}').")
+    try:
+        if not _kind(name)[0]: _check_ours(name)
+    except ValueError as e: raise ValueError(f"'{path}' names its architecture: {e}") from None
     return name
 
 # %% ../nbs/zoo.ipynb #0ea02dc1
 def opened(
     name:str,               # As build_model takes it, or a file that names its architecture
-    weights=None,           # 'imagenet', 'none', a checkpoint, or None: what the name brings
-    classes=None,           # Names in the order of the outputs, or a number; None: the weights'
+    weights:str|Path|None=None, # 'imagenet', 'none', a checkpoint, or None: what the name brings
+    classes:list|int|None=None, # Names in the order of the outputs, or a number; None: the weights'
     channels:int|None=None, # Of an image; None: those of the weights, or else 3
     size:int|None=None,     # Side of the images that it sees; None: that of the weights
     images:int|None=None,   # Side of the images at hand, for weights that say no size
@@ -815,8 +853,8 @@ def opened(
 # %% ../nbs/zoo.ipynb #d0bf87ab
 def open_model(
     name:str,               # As build_model takes it, or a file that names its architecture
-    weights=None,           # 'imagenet', 'none', a checkpoint, or None: what the name brings
-    classes=None,           # Names in the order of the outputs, or a number; None: the weights'
+    weights:str|Path|None=None, # 'imagenet', 'none', a checkpoint, or None: what the name brings
+    classes:list|int|None=None, # Names in the order of the outputs, or a number; None: the weights'
     channels:int|None=None, # Of an image; None: those of the weights, or else 3
     size:int|None=None,     # Side of the images that it sees; None: that of the weights
     images:int|None=None,   # Side of the images at hand, for weights that say no size
@@ -825,3 +863,6 @@ def open_model(
     found = opened(name, weights, classes, channels, size, images)
     for line in found.said: print(f'teacher: {line}', flush=True)
     return found.teacher
+
+# %% ../nbs/zoo.ipynb #ddzoo000
+guard(globals())

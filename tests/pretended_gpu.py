@@ -100,7 +100,8 @@ class Card(TorchFunctionMode):
 CUDA = dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, synchronize=lambda *a: None,
             get_device_name=lambda d=None: 'pretended card', get_device_capability=lambda d=None: (7, 5),
             is_bf16_supported=lambda including_emulation=True: including_emulation, manual_seed=lambda s: None,
-            manual_seed_all=lambda s: None, max_memory_allocated=lambda d=None: 0)
+            manual_seed_all=lambda s: None, max_memory_allocated=lambda d=None: 0,
+            mem_get_info=lambda d=None: (2**40, 2**40))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill_nb import bench
-from distill_nb.files import save_weights
+from distill_nb.files import locked, save_weights
 from distill_nb.losses import DistillationLoss
 from distill_nb.data import digits
 from distill_nb.models import count_macs
@@ -149,6 +149,12 @@ def test_bad_input_is_one_line(argv, said, tmp_path, capsys):
     err = capsys.readouterr().err
     assert code == 2 and err.count('\n') == 1 and err.startswith('distill_nb_bench: ') and said in err, err
     assert mine.read_text() == '{"command": "another"}'
+
+
+def test_two_processes_do_not_write_one_result(tmp_path, capsys):
+    with locked(tmp_path/'r.json', 'out', is_file=True):
+        assert command('--pair', 'digits', '--out', tmp_path/'r.json') == 2
+    assert 'out must be a file that no other process uses' in capsys.readouterr().err
 
 
 def test_it_is_a_command():

@@ -1,5 +1,5 @@
 """Cached answers are the teacher's, whatever happens to the file, the process or the order of the questions."""
-import copy, os, signal, subprocess, sys, time, warnings
+import copy, json, os, signal, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from distill_nb.losses import collapse, dist_loss, dkd_loss, top_k
 from distill_nb.data import CropFlip, ImageData, ResizedCrop, digits
 from distill_nb.folders import image_folder
 from distill_nb.models import digit_student
-from distill_nb.training import Objective, Recipe, Setup, Supervised, Teacher, fit
+from distill_nb.training import NotFiniteError, Objective, Recipe, Setup, Supervised, Teacher, fit
 from distill_nb.logits import Distill
 from distill_nb.cache import _HEAD, CachedTeacher, _Form, _checksum
 
+from pretended_gpu import pretended
+from processes import alone_and_together
 from tokens import BYTES, LENGTH, Bytes, speaker, text, trained_speaker
 
 
@@ -116,6 +118,15 @@ def test_a_record_holds_all_places_of_an_item(dtype, lead, C, k):
     assert [t.shape for t in told] == [(4, *lead, k), (4, *lead, k), (4, *lead, 1)]
     alone = flat.unpack(flat.pack(flat.shorten(v.flatten(0, -2))))  # each place as an item of its own
     for a, b in zip(told, alone): assert torch.equal(a.flatten(0, -2), b)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+@pytest.mark.parametrize('top', [None, 3])
+def test_a_single_answer_is_read_back_from_a_table(dtype, top):
+    data, teacher = make_data(), make_teacher()
+    cached = CachedTeacher(teacher, data, dtype=dtype, top=top)
+    first = cached(data.get(torch.arange(1)))
+    for a, b in zip(cache._tensors(first), cache._tensors(cached(data.get(torch.arange(1))))): assert torch.equal(a, b)
 
 
 def test_a_checksum_sees_every_bit_and_the_place():
@@ -805,6 +816,87 @@ def test_one_process_uses_what_another_wrote_meanwhile(tmp_path):
     assert wrong(early, teacher, data) < 0.01 and early.asked == 10
 
 
+# --- several processes of one run
+
+TOGETHER = """
+from test_cache import *
+from distill_nb.ranks import from_each, meet, world
+def filled(path, begin, batch_size=7):
+    data, teacher, rank = make_data(), make_teacher(), world()[0]
+    cached = CachedTeacher(teacher, data, path)
+    for first, last in begin[rank:rank + 1]:  # what each process knows already, of the first view
+        index = torch.arange(first, last)
+        cached(data.get(index, data.view_at(index, 0*index)))
+    before = cached.asked
+    cached.fill(batch_size, 'float32', progress=False)
+    table = cached._tables[torch.float32]
+    asked = sum(from_each(cached.asked - before))
+    marks = from_each(fingerprint({'known': table.known, 'store': table.store}))
+    return [asked, sum(from_each(table.left)), max(from_each(wrong(cached, teacher, data))), sorted(set(marks))]
+
+def run():
+    rank, size = meet()
+    home = PLACE + str(size)
+    wholes = [filled(place, []) for place in (f'{home}/shared', f'{home}/own{rank}', None)]
+    parts = [filled(place, [(0, 20), (10, 40)]) for place in (f'{home}/part{rank}', None)]
+    try: filled(None, [], 7 + rank)
+    except ValueError as error: said = str(error)
+    else: said = 'nothing was refused'
+    return *wholes, *parts, filled(f'{home}/shared', []), from_each(said)
+"""
+
+
+def test_processes_of_one_run_ask_each_question_once_and_then_all_know_all_answers(tmp_path):
+    body = f'PLACE = {str(tmp_path/"answers")!r}\n{TOGETHER}'
+    (one, *alone, fine), (two, *together, refused) = alone_and_together(body, tmp_path)
+    assert (one, two, fine) == (1, 2, ['nothing was refused'])
+    assert all('batch_size must be the same in every rank, but is 7 in rank 0' in said for said in refused)
+    assert [r[0] for r in together] == [540, 540, 540, 500, 500, 0]
+    for _, left, error, marks in together: assert left == 0 and error < 0.01 and len(marks) == 1
+    assert len({str(r[3]) for r in (*alone[:3], *together[:3])}) == 1  # bit for bit what one process keeps
+
+
+def test_one_process_neither_asks_nor_waits_for_others(monkeypatch):
+    def never(*_): raise AssertionError('a collective')
+    monkeypatch.setattr(cache, 'gathered', never)
+    assert CachedTeacher(make_teacher(), make_data()).fill(precision='float32').asked == 540
+
+
+# --- where the table is
+
+@pytest.mark.parametrize('top', [None, 3])
+def test_a_table_that_would_fill_the_card_stays_with_the_host_and_says_the_same(tmp_path, monkeypatch, top):
+    (train, valid, _), teacher = digits(), make_teacher()
+    train = train.subset(range(200))
+    def student(free):
+        torch.manual_seed(0)
+        with pretended():
+            cached = CachedTeacher(teacher, train.replace(views=2), tmp_path, 'float32', top).fill(precision='float32')
+            monkeypatch.setattr(cache, '_free_on', lambda device: free*cached.nbytes)
+            cached = CachedTeacher(teacher, cached.data, tmp_path, 'float32', top)
+            objective = Distill(digit_student(), cached)
+            objective.check = lambda *_: None  # the teacher of this test knows nothing
+            fit(objective, cached.data, Recipe(steps=9, batch_size=64, precision='float32'), device='cuda')
+            data, index = cached.data.to('cuda'), torch.arange(64, device='cuda')
+            cached.check(data)
+            batch = data.get(index, data.view_at(index, 0*index))
+            for _ in range(cache._LOOK): said = cached(batch)
+            other = cached(batch._replace(index=index.where(index > 0, -1)))
+            tensors = *cache._tensors(said), *cache._tensors(other)
+            assert {t.device.type for t in tensors} == {'cuda'} and cached.asked <= 1
+            table = cached._tables[torch.float32]
+            where = table.table.device.type, table.known.device.type, table.table is table.store
+            return where, [t.cpu() for t in tensors], objective.model.state_dict()
+    (near, said, weights), (far, same, others) = student(4), student(3.99)
+    assert (near, far) == (('cuda', 'cuda', False), ('cpu', 'cpu', True))
+    half = len(said)//2
+    for a, b in zip(said[:half], same[:half]): assert torch.equal(a, b)
+    assert said[half][0].isnan().all() and same[half].isfinite().all()  # beside the card it sees what is no item
+    for a, b in zip(weights.values(), others.values()): assert torch.equal(a, b)
+
+
+# --- files that are there already
+
 @pytest.fixture
 def filled(tmp_path):
     CachedTeacher(make_teacher(), make_data(), tmp_path).fill(precision='float32')
@@ -819,12 +911,36 @@ def test_a_file_that_was_cut_short_is_completed(filled, left):
     assert cached.asked == 540 - (left - _HEAD)//24
 
 
-@pytest.mark.parametrize('content', [b'', b'{}', b'no json'.ljust(_HEAD), b'[1]'.ljust(_HEAD), b'{"format": 1}'])
+@pytest.mark.parametrize('content', [b'', b'{}', b'no json'.ljust(_HEAD), b'[1]'.ljust(_HEAD), b'{"format": 1}',
+                                     b'['*_HEAD, b'\xff'*_HEAD, b'{"format": 3}'.ljust(_HEAD)])
 def test_a_file_without_its_first_page_is_refused(filled, content):
     filled.write_bytes(content)
     cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
-    with pytest.raises(ValueError, match='answers|made from'): cached(make_data().get(torch.arange(3)))
+    with pytest.raises(ValueError, match=f'{filled.name}.*(damaged or is no file of answers|made from)'):
+        cached(make_data().get(torch.arange(3)))
     assert filled.read_bytes() == content
+
+
+@pytest.mark.parametrize('key', ['format', 'teacher', 'data', 'items', 'choice of classes', 'precision', 'form'])
+@pytest.mark.parametrize('value', [None, 'x'*999, 1e999, [[]], {}, True])
+def test_a_first_page_that_was_edited_is_refused_by_name(filled, key, value):
+    raw = filled.read_bytes()
+    about = json.loads(raw[:_HEAD])
+    if about[key] == value: return
+    filled.write_bytes(json.dumps(about | {key: value}).encode().ljust(_HEAD) + raw[_HEAD:])
+    cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
+    with pytest.raises(ValueError, match=f'{filled.name}.*was made from another {key}') as refusal:
+        cached(make_data().get(torch.arange(3)))
+    assert len(str(refusal.value)) < 900
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(filled):
+    filled.unlink()
+    filled.mkdir()
+    cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
+    with pytest.warns(UserWarning, match=f'cannot be kept in .*{filled.name}.*Is a directory') as said:
+        assert wrong(cached, make_teacher(), make_data()) < 0.01
+    assert len(said) == 1 and 'damaged' not in str(said[0].message)
 
 
 def test_damaged_answers_are_never_quoted(filled):
@@ -964,6 +1080,42 @@ def test_largest_logits_are_the_same_from_the_table_live_and_from_another_proces
                                      (dict(temperature='4'), 'temperature'), (dict(temperature=0.), 'temperature')])
 def test_bad_arguments_are_named(kw, said):
     with pytest.raises(ValueError, match=f'{said} must be'): CachedTeacher(make_teacher(), make_data(), **kw)
+
+
+@pytest.mark.parametrize('path,said', [(3, 'a folder, or None'), ('', 'a folder, or None'), (b'x', 'a folder, or None'),
+                                       ('a\0b', 'a folder, or None'), ('x'*300, 'File name too long'),
+                                       ('a\ud800b', 'surrogates not allowed')])
+def test_a_path_that_can_be_none_is_named(path, said):
+    with pytest.raises(ValueError, match='path must be') as refusal: CachedTeacher(make_teacher(), make_data(), path)
+    assert said in str(refusal.value)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    given = dict(dtype=np.str_('float16'), top=np.int64(3), temperature=np.float32(2))
+    for asked in (540, 0):
+        cached = CachedTeacher(make_teacher(), make_data(), tmp_path, **given).fill(precision='float32')
+        assert cached.asked == asked and cached.exact_at == 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize('top', [None, 3])
+def test_a_teacher_that_gives_no_numbers_is_named_before_it_is_asked_again(tmp_path, top):
+    teacher = make_teacher()
+    with torch.no_grad(): teacher.fc.bias[3] = torch.nan
+    cached = CachedTeacher(teacher, make_data(), tmp_path, top=top)
+    with pytest.raises(NotFiniteError, match='the teacher gives logits that are not finite'):
+        cached.fill(batch_size=20, precision='float32')
+    assert cached.asked == 20 and not next(tmp_path.iterdir()).read_bytes()[_HEAD:].strip(b'\0')
+
+
+def test_what_the_type_cannot_hold_is_counted_when_all_is_filled():
+    data, teacher = make_data(), make_teacher()
+    with torch.no_grad(): teacher.fc.bias[3] = 1e5
+    with pytest.warns(UserWarning, match="540 of 540 answers are not kept, since float16.*dtype='float32'"):
+        CachedTeacher(teacher, data).fill(precision='float32')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        CachedTeacher(teacher, data, dtype='float32').fill(precision='float32')
 
 
 @pytest.mark.parametrize('views', [0, 10])

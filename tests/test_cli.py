@@ -1,13 +1,14 @@
 """The command from end to end, and what it says when something is wrong."""
 import json, os, re, signal, subprocess, sys, time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from distill_nb import run
-from distill_nb.files import read_weights, save_weights
+from distill_nb import cli, run
+from distill_nb.files import locked, read_weights, save_weights
 from distill_nb.inference import open_student, predictions
 from distill_nb.data import ImageData, Measure, digits
 from distill_nb.sets import load_data
@@ -436,6 +437,19 @@ def test_a_folder_of_another_run_is_refused_and_kept(finished, capsys):
     assert (finished/'result.json').read_bytes() == before
 
 
+def test_a_recipe_that_was_edited_is_refused(finished, capsys):
+    path = finished/'recipe.json'
+    before = path.read_text()
+    recipe = json.loads(before)
+    recipe['student']['lr'] = 5.
+    path.write_text(json.dumps(recipe))
+    assert command(*QUICK, '--out', finished, '--resume') == 2
+    err, edited = capsys.readouterr().err, path.read_text()
+    path.write_text(before)
+    assert 'holds another run (student.lr was 5.0 and is 0.03)' in err and err.count('\n') == 1
+    assert json.loads(edited) == recipe
+
+
 @pytest.mark.parametrize('content', ['{"options": []}', '{"options": null}', '[]', 'no json'])
 def test_a_damaged_recipe_is_refused(tmp_path, content, capsys):
     (tmp_path/'run').mkdir()
@@ -489,11 +503,128 @@ def test_missing_weights_and_data_without_a_network_are_explained(tmp_path, monk
     assert not (tmp_path/'run').exists()
 
 
-def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    def stop(*a): raise KeyboardInterrupt
+@pytest.fixture
+def heard():
+    "Signals as a terminal gives them: a job in the background, or behind nohup, ignores some."
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items(): signal.signal(number, handler)
+
+
+SIGNALS = {'SIGINT': 'interrupted', 'SIGTERM': 'ended by SIGTERM', 'SIGHUP': 'ended by SIGHUP'}
+
+
+@pytest.mark.parametrize('name', SIGNALS)
+def test_a_signal_ends_a_run_with_a_line_that_says_how_to_continue_it(name, heard, tmp_path, monkeypatch, capsys):
+    number, out, stop = signal.Signals[name], tmp_path/'my run', run.run_setting
+    before = [signal.getsignal(n) for n in signal.Signals]
+    monkeypatch.setattr(run, 'run_setting', lambda *_: signal.raise_signal(number))
+    assert command(*QUICK, '--out', out) == 128 + number
+    more = f"with --out '{out}' --resume it continues from its last checkpoint, and they are at least 30 s apart"
+    assert capsys.readouterr().err.endswith(f'distill_nb: {SIGNALS[name]}; {more}\n')
+    assert [signal.getsignal(n) for n in signal.Signals] == before and not (out/'.lock').exists()
     monkeypatch.setattr(run, 'run_setting', stop)
-    assert command(*QUICK, '--out', tmp_path/'run') == 130
-    assert '--resume' in capsys.readouterr().err and (tmp_path/'run').exists()
+    assert command(*QUICK, '--out', out, '--resume') == 0
+
+
+@pytest.mark.parametrize('place', ['prepare', '_train_teacher'])
+def test_nothing_is_promised_where_nothing_can_be_continued(place, tmp_path, monkeypatch, capsys):
+    "While options are checked, or before a checkpoint is written; and then nothing is left."
+    module = cli if place == 'prepare' else run
+    monkeypatch.setattr(module, place, lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert command(*QUICK, '--out', tmp_path/'a'/'run') == 143
+    assert capsys.readouterr().err.endswith('distill_nb: ended by SIGTERM\n') and not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_was_ignored_stays_ignored(monkeypatch):
+    "As behind nohup."
+    def job(): signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try: assert run_command(job, []) == 0
+    finally: signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interruption_that_was_lost_comes_again():
+    "Python drops an exception where nobody can catch it, as in the middle of a fork."
+    def job():
+        try: signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt: pass
+        for _ in range(1000): time.sleep(0.02)
+    assert run_command(job, []) == 143
+
+
+def test_a_second_signal_does_not_disturb_the_cleaning_up(heard):
+    cleaned = []
+    def job():
+        try: signal.raise_signal(signal.SIGINT)
+        finally:
+            for again in ('SIGINT', 'SIGTERM', 'SIGALRM'): signal.raise_signal(signal.Signals[again])
+            try: raise OSError
+            except OSError: signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+    assert run_command(job, []) == 130 and cleaned
+
+
+def test_what_breaks_in_the_cleaning_up_does_not_hide_the_signal(capsys):
+    def job():
+        try: signal.raise_signal(signal.SIGTERM)
+        finally: raise OSError('the terminal is gone')
+    assert run_command(job, []) == 143 and capsys.readouterr().err == 'job: ended by SIGTERM\n'
+
+
+def test_a_second_run_in_a_folder_is_refused_and_the_first_ends_whole(tmp_path, capsys):
+    folder = tmp_path/'run'
+    argv = [*QUICK[2:], '--epochs', '500', '--out', str(folder)]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-m', 'distill_nb', *argv], **pipes)
+    while p.poll() is None and not list(folder.glob('work/all_labels/*/curve.csv')): time.sleep(0.02)
+    for more in ([], ['--resume']):
+        assert command(*argv, *more) == 2
+        said = capsys.readouterr().err
+        assert 'holds this run already' in said if not more else f"'{folder}' is in use by process {p.pid}.\n" in said
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate()[1]
+    assert p.returncode == 143 and 'distill_nb: ended by SIGTERM; with --out ' in said.splitlines()[-1], said
+    assert 'Traceback' not in said and not (folder/'.lock').exists() and not list(folder.rglob('*.tmp'))
+    read_weights(folder/'work'/'teacher'/'checkpoint.safetensors')
+
+
+@pytest.mark.parametrize('there', [None, 'mine.txt'])
+@pytest.mark.parametrize('whole', [False, True])
+def test_a_download_that_broke_off_is_taken_away_and_a_whole_one_is_not(there, whole, tmp_path, monkeypatch, capsys):
+    root = tmp_path/'a'/'data'
+    if there:
+        root.mkdir(parents=True)
+        (root/there).touch()
+    def broken(*_):
+        (root/'cifar-10-python.tar.gz').parent.mkdir(parents=True, exist_ok=True)
+        (root/'cifar-10-python.tar.gz').write_bytes(b'half')
+        raise ValueError('the network is gone')
+    monkeypatch.setattr(run, 'load_data', broken)
+    if whole: monkeypatch.setattr('torchvision.datasets.utils.check_integrity', lambda *_: True)
+    assert command('--data', 'cifar10', '--root', root, '--out', tmp_path/'run') == 2
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*') if p.is_file()}
+    archive = {'a/data/cifar-10-python.tar.gz'} if whole or there else set()
+    assert left == archive | ({f'a/data/{there}'} if there else set())
+    assert (tmp_path/'a').exists() == bool(left)
+
+
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench])
+def test_a_launcher_of_several_processes_is_refused(job, monkeypatch, capsys):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '1')
+    assert run_command(job, ['x'] if job is distill_nb_predict else []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f'{job.__name__}: {job.__name__} must be started as one process') and said.count('\n') == 1
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_a_folder_without_a_run_has_nothing_to_continue(there, tmp_path, capsys):
+    if there: (tmp_path/'typo').mkdir()
+    assert command(*QUICK, '--out', tmp_path/'typo', '--resume') == 2
+    assert f"resume must be left out, since out '{tmp_path/'typo'}' holds no run to continue" in capsys.readouterr().err
+    assert (tmp_path/'typo').exists() == there
 
 
 def test_python_m_is_the_command():
@@ -567,6 +698,20 @@ def test_a_run_without_a_place_takes_a_free_one(tmp_path, monkeypatch):
     assert free_folder('digits') == Path('runs/digits-3') and free_folder('folder:/a/photos/') == Path('runs/photos')
 
 
+def test_of_two_runs_that_start_together_the_second_takes_the_next_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, 'prepare', lambda options, folder: folder)
+    monkeypatch.setattr(cli, 'run_job', lambda job, command, start: (job, command))
+    with ExitStack() as stack:
+        def late(name):
+            place = free_folder(name)
+            if not place.parent.exists(): stack.enter_context(locked(place))  # by the other run
+            return place
+        monkeypatch.setattr(cli, 'free_folder', late)
+        assert distill_nb() == (Path('runs/digits-2'), 'distill_nb --out runs/digits-2')
+    assert not Path('runs').exists()
+
+
 def test_the_command_line_makes_the_run_again():
     import inspect
     options = {k: p.default for k, p in inspect.signature(distill_nb).parameters.items()}
@@ -602,3 +747,15 @@ def test_images_are_one_or_several(capsys):
     parser = command_parser(distill_nb_predict)
     assert parser.parse_args(['a', 'b', '--top', '2']).images == ['a', 'b']
     assert parser.parse_args(['a']).images == ['a']
+
+
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench])
+@pytest.mark.parametrize('option', ['--pdb', '--xtra=1', '--devic=cpu'])
+def test_only_the_options_in_the_help_are_taken(job, option, capsys):
+    with pytest.raises(SystemExit) as e: run_command(job, [*(['x'] if job is distill_nb_predict else []), option])
+    assert e.value.code == 2 and f'unrecognized arguments: {option}' in capsys.readouterr().err
+
+
+def test_a_signal_while_the_arguments_are_read_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'anno_parser', lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert command() == 143 and capsys.readouterr().err == 'distill_nb: ended by SIGTERM\n'

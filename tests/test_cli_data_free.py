@@ -154,7 +154,12 @@ def test_a_table_has_no_empty_column():
 
 @pytest.mark.parametrize('argv,said', [
     ([], 'teacher_weights'), (['W', '--steps', '0'], 'steps'),
-    (['W', '--steps', '1000000000'], 'steps times batch_size'), (['W', '--steps', '9'*20], 'steps'),
+    (['--teacher_weights', 'none'], 'teacher_weights must be the file of a trained teacher'),
+    (['--teacher_weights', ''], 'teacher_weights must be the file of a trained teacher'),
+    (['W', '--steps', '1000000000'], 'steps times batch_size'),
+    (['W', '--steps', '9'*20], 'steps times batch_size'),
+    (['W', '--mean', 'nan', '--std', '1'], "mean must be a finite number, but is 'nan'."),
+    (['W', '--mean', '1,inf', '--std', '1'], 'a finite number, or 2 with commas between them'),
     (['W', '--batch_size', '0'], 'batch_size'), (['W', '--lr', 'nan'], 'lr'),
     (['W', '--seed', '-1'], 'seed'), (['W', '--seed', str(2**64)], 'seed'), (['W', '--size', '9'*20], 'size'),
     (['W', '--way', 'magic'], 'inversion'), (['W', '--classes', '1'], 'classes'),
@@ -165,7 +170,7 @@ def test_a_table_has_no_empty_column():
     (['W', '--teacher', 'resnet57'], 'resnet56'), (['W', '--student', 'resnet57'], 'resnet56'),
     (['W', '--resume'], '--out FOLDER'), (['--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'),
     (['--teacher_weights', 'GUESSING', '--data', 'digits'], 'never trained'),
-    (['--teacher_weights', 'NAN'], 'not finite'), (['W', '--out', 'OTHER'], 'holds no run')])
+    (['--teacher_weights', 'NAN'], 'not finite'), (['W', '--out', 'OTHER'], 'has no recipe.json')])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, said, teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = build_model('digit_teacher', 10, 1, 8)
@@ -197,7 +202,7 @@ def test_a_teacher_without_batch_norm_is_refused(tmp_path, monkeypatch, capsys):
     assert 'batch' in err and err.count('\n') == 1 and not (tmp_path/'run').exists()
 
 
-@pytest.mark.parametrize('name', [None, 'thesis.tmp', '.thesis.txt', '.result.json.123.tmp'])
+@pytest.mark.parametrize('name', [None, 'thesis.tmp', '.thesis.txt', '.result.json.tmp'])
 def test_what_a_failing_run_found_it_leaves(name, teacher, tmp_path, capsys):
     out = tmp_path/'mine'
     out.mkdir()

@@ -3,6 +3,7 @@ import copy, math, subprocess, sys, warnings, weakref
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -47,6 +48,14 @@ def test_equal_values_have_an_interval_without_width(value, n):
 def test_agreement_refuses_what_would_be_broadcast(shapes):
     with pytest.raises(ValueError, match='student_logits and teacher_logits must have the'):
         agreement(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize('name', ['student_logits', 'teacher_logits'])
+def test_agreement_refuses_answers_that_are_none_where_they_count(name):
+    logits = dict.fromkeys(('student_logits', 'teacher_logits'), torch.eye(3))
+    lost = logits | {name: torch.eye(3) + torch.tensor([[0.], [0], [math.nan]])}
+    with pytest.raises(ValueError, match=f'{name} must be numbers, but some are NaN'): agreement(**lost)
+    assert agreement(**lost, weight=torch.tensor([1., 1, 0])) == 1
 
 
 def test_agreement_counts_equal_choices():
@@ -272,16 +281,31 @@ def test_a_comparison_of_nothing_is_refused(teacher):
         compare(net, {'a': (Supervised, images())}, RECIPE, images())
 
 
-@pytest.mark.parametrize('bad,said', [
-    (Contender(3, images()), "make of 'bad' must be a function from a student, but is 3"),
-    (Contender(Supervised, images(), 'long'), "recipe of 'bad' must be a Recipe or None, but is 'long'"),
-    (Contender(Supervised, images(), None, 3), "before of 'bad' must be a function without arguments, or None"),
-    (3, "must be values of Contender, but 'bad' is a int")])
-def test_a_contender_that_cannot_be_made_is_refused_before_any_is_trained(bad, said):
+@pytest.mark.parametrize('make,said', [
+    (lambda: Contender(3, images()), 'make must be a function, but is 3'),
+    (lambda: Contender(Supervised, images(), 'long'), "recipe must be a Recipe or None, but is 'long'"),
+    (lambda: Contender(Supervised, images(), None, 3), 'before must be a function or None, but is 3'),
+    (lambda: Contender(Supervised, None), "data of 'bad' must be a data set"),
+    (lambda: 3, "must be values of Contender, but 'bad' is a int")])
+def test_a_contender_that_cannot_be_made_is_refused_before_any_is_trained(make, said):
     def never(): raise AssertionError('a student was made')
-    both = {'good': Contender(Supervised, images()), 'bad': bad}
-    with pytest.raises(ValueError, match=said): compare(never, both, RECIPE, images())
-    with pytest.raises(ValueError, match=said): choose(never, both, RECIPE, images())
+    def both(): return {'good': Contender(Supervised, images()), 'bad': make()}
+    with pytest.raises(ValueError, match=said): compare(never, both(), RECIPE, images())
+    with pytest.raises(ValueError, match=said): choose(never, both(), RECIPE, images())
+
+
+@pytest.mark.parametrize('name', ['../up', 'a/b', 'x' * 300])
+def test_a_name_that_leaves_the_folder_is_refused_before_any_is_trained(name, tmp_path):
+    def never(): raise AssertionError('a student was made')
+    both = {'good': Contender(Supervised, images()), name: Contender(Supervised, images())}
+    with pytest.raises(ValueError, match='name must be one that a folder can have'):
+        compare(never, both, RECIPE, images(), folder=tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
+
+def test_what_make_student_gives_must_be_a_network():
+    with pytest.raises(ValueError, match='what make_student gives must be a network'):
+        compare(lambda: 'net', {'a': Contender(Supervised, images())}, RECIPE, images())
 
 
 def test_settings_to_choose_from_must_be_some():
@@ -343,7 +367,7 @@ def test_the_table_of_a_result_shows_steps_where_runs_stopped_early():
 
 
 def test_a_table_refuses_digits_and_keeps_its_columns_apart():
-    with pytest.raises(ValueError, match='digits must be a whole number of at least 0, but is -1'): table(ROWS, -1)
+    with pytest.raises(ValueError, match='digits must be a whole number from 0 to 20, but is -1'): table(ROWS, -1)
     assert table([{'a': 'x|y'}])._repr_markdown_().endswith('| x\\|y |')
 
 
@@ -434,3 +458,23 @@ def test_rows_of_results_of_different_age_are_paired():
     stored = lambda name: next(r for r in stored_result(name)['rows'] if r['model'] == 'kd')
     old, new = stored('methods_digits'), stored('dist_digits')
     assert paired(new, old, 'accuracy')[0] == pytest.approx(-paired(old, new, 'accuracy')[0])
+
+
+@pytest.mark.parametrize('make', [lambda student: Supervised(net()), lambda student: net(), lambda student: None])
+def test_a_contender_that_does_not_train_its_student_is_refused_by_name(make):
+    data, contenders = images(), {'own': Contender(make, images())}
+    with pytest.raises(ValueError, match="what make of 'own' gives must be an objective that trains the student"):
+        compare(net, contenders, RECIPE, data, seeds=1, progress=False)
+
+
+@pytest.mark.parametrize('call', [compare, choose])
+def test_a_network_in_place_of_what_makes_one_is_refused(call):
+    data = images()
+    with pytest.raises(ValueError, match="make_student must be a function .*copy.deepcopy.*'Sequential'"):
+        call(net(), {'plain': Contender(Supervised, data)}, RECIPE, data, seeds=1, progress=False)
+
+
+def test_a_number_of_seeds_may_come_from_numpy():
+    data = images()
+    found = compare(net, {'plain': Contender(Supervised, data)}, RECIPE, data, seeds=np.int64(2), progress=False)
+    assert found.seeds == [0, 1] and {type(s) for s in found.seeds} == {int}

@@ -10,7 +10,7 @@ from torchvision import transforms
 from distill_nb.losses import UNLABELLED
 from distill_nb.data import (Batch, CropFlip, Data, ImageData, Measure, Measured, ResizedCrop, Sight, _resize_weights,
                              _root, calibration_error, channel_stats, count_values, digits, epoch_order, few_labels,
-                             mix, resize, stratified)
+                             mix, resize, show_images, stratified)
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -78,7 +78,7 @@ def epoch(batch_size):
     x = torch.randint(0, 256, (60, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     h = hashlib.sha256()
     for augment, size in ((CropFlip(2, flip=True), None), (CropFlip(2), 31), (ResizedCrop(10), None)):
-        d = ImageData(x, torch.arange(60) % 3, 'abc', augment=augment, size=size)
+        d = ImageData(x, torch.arange(60) % 3, list('abc'), augment=augment, size=size)
         rows = [d.get(i, d.view_of(3, 4, i)) for i in epoch_order(60, 3, 4).split(batch_size)]
         for field in zip(*(r[:4] for r in rows)): h.update(torch.cat(field).numpy().tobytes())
     return h.hexdigest()
@@ -332,7 +332,7 @@ def test_statistics_are_exact_over_the_pixels():
     mean, std = channel_stats(count_values(x))
     assert torch.allclose(torch.tensor(mean), (x.double()/255).mean((0, 2, 3)).float(), atol=1e-7)
     assert torch.allclose(torch.tensor(std), (x.double()/255).std((0, 2, 3), correction=0).float(), atol=1e-7)
-    black = ImageData(torch.zeros(4, 1, 3, 3, dtype=torch.uint8), [0, 1, 0, 1], 'ab')
+    black = ImageData(torch.zeros(4, 1, 3, 3, dtype=torch.uint8), [0, 1, 0, 1], list('ab'))
     assert black.std == [1.0] and black.get([0]).x.abs().max() == 0
 
 
@@ -454,7 +454,7 @@ X, Y, C = images(6, side=4), torch.arange(6) % 2, ['a', 'b']
     (lambda: ImageData(X, 0*Y, C), "at least 2 classes.*'a'"),
     (lambda: ImageData(X, 0*Y, ['a']), 'at least 2 classes'),
     (lambda: ImageData(X, Y, ['a', 'a']), 'different names'),
-    *[(lambda size=size: ImageData(X, Y, C, size=size), f'size must be a whole number of at least 1, but is {size}')
+    *[(lambda size=size: ImageData(X, Y, C, size=size), f'size must be a whole number from 1 to 4,096, but is {size}')
       for size in (0, 8.5, math.nan, True)],
     (lambda: ImageData(X, Y, C, mean=[0.5]), 'mean must hold one number for each of the 3 channels'),
     *[(lambda s=s: ImageData(X, Y, C, std=[1, 1, s]), 'std must be finite numbers greater than 0')
@@ -468,15 +468,53 @@ X, Y, C = images(6, side=4), torch.arange(6) % 2, ['a', 'b']
     (lambda: ImageData(X, Y, C).unlabelled([-1]), 'keep must be from 0 to 5'),
     *[(lambda n=n: ImageData(X, Y, C).batches(n), 'batch_size must be a whole number of at least 1')
       for n in (0, 2.5, math.nan)],
-    *[(lambda pad=pad: CropFlip(pad), 'pad must be a whole number of at least 0') for pad in (-1, 0.5, math.nan)],
-    *[(lambda size=size: ResizedCrop(size), 'size must be a whole number of at least 1')
+    *[(lambda pad=pad: CropFlip(pad), 'pad must be a whole number from 0 to 1,000') for pad in (-1, 0.5, math.nan)],
+    *[(lambda size=size: ResizedCrop(size), 'size must be a whole number from 1 to 4,096')
       for size in (0, 7.5, math.nan)],
     (lambda: ResizedCrop(8, scale=(0, 1)), 'scale'),
     (lambda: ResizedCrop(8, ratio=(2, 1)), 'ratio'),
+    *[(lambda mask=mask: ImageData(X, Y, C).subset(mask), 'indices must be .*True or False for each of the 6 images')
+      for mask in (torch.ones(5, dtype=torch.bool), [True]*7, torch.ones(6, 1, dtype=torch.bool))],
+    (lambda: ImageData(X, Y, C).unlabelled([True]), 'keep must be .*for each of the 6 images'),
+    *[(lambda i=i: ImageData(X, Y, C).subset(i), 'indices must be') for i in ([0.7, 1.2], ['a'], [[0, 1]], [2**70])],
+    *[(lambda i=i: ImageData(X, Y, C).get(i), 'index must be') for i in ([-1], [6], [0.5], Y == 0, 'ab')],
+    (lambda: ImageData(X, Y, C, augment=CropFlip(1)).get([0, 1], [0, 9]), 'view must be from 0 to 8'),
+    (lambda: ImageData(X, Y, C).get([0, 1], [0]), 'index and view must be of one shape'),
+    (lambda: list(ImageData(X, Y, C).stream([Y])), 'each of plan must be a pair'),
+    (lambda: ImageData(X, Y, C).to('gpu'), "device must be one that this machine has .*'gpu'"),
+    (lambda: ImageData(X, Y, C).replace(size=2, crop=1e-9), 'crop must be'),
+    (lambda: ImageData(X, Y, C).recast(torch.rand(2, 1, 4, 4), ImageData(X, Y, C)), 'other must be'),
+    (lambda: ImageData(X, Y, C).recalls(torch.tensor([0, 1])), 'chosen must be the class of each of the 6 images'),
+    (lambda: ImageData(X, Y, C).measure([]), 'answers must be at least one'),
+    (lambda: ImageData(X, Y, C).measure([torch.zeros(6, 2)]), 'each of answers must be a pair'),
+    (lambda: ImageData(X, Y, C).measure([(torch.zeros(6, 3), ImageData(X, Y, C).get(range(6)))]),
+     r'each of answers must be logits of shape \(B, 2\)'),
+    (lambda: calibration_error(torch.zeros(2, 3), torch.tensor([0, 3])), 'labels must be from 0 to 2'),
+    (lambda: calibration_error(torch.full((2, 3), math.nan), torch.tensor([0, 1])), 'logits must be finite'),
+    (lambda: channel_stats(torch.zeros(1, 256)), 'counts must be'), (lambda: epoch_order(10**12, 0, 0), 'n must be'),
+    (lambda: resize(torch.zeros(1, 3, 4, 4), 10**6), 'size must be'), (lambda: mix(0.5), 'numbers must be integers'),
+    (lambda: show_images(X, titles=['one']), 'titles must be one for each image'),
+    (lambda: stratified(Y, 2, seed=-1), 'seed must be a whole number from 0'),
+    (lambda: few_labels(ImageData(X[:3], [0, 0, 1], C), 2), "train must have .*a single image of 'b'"),
 ])
 def test_errors_are_sentences(make, words):
     with pytest.raises(ValueError, match=words) as e: make()
     assert str(e.value).endswith('.') and '\n' not in str(e.value)
+
+
+def test_whole_numbers_of_every_type_are_positions_labels_and_shapes():
+    types = torch.uint8, torch.int8, torch.int16, torch.int32
+    whole = ImageData(X, Y, C, shapes=[[4, 4]]*6)
+    for kind in types:
+        d = ImageData(X, Y.to(kind), C, shapes=torch.full((6, 2), 4, dtype=kind))
+        i = torch.tensor([1, 5]).to(kind)
+        assert d.fingerprint() == whole.fingerprint() == d.subset(range(6)).fingerprint()
+        assert torch.equal(d.get(i).x, whole.get([1, 5]).x) and d.get(i.tolist()).index.dtype == torch.int64
+        assert d.subset(i).fingerprint() == whole.subset(np.array([1, 5])).fingerprint()
+    mask = torch.tensor([False, True, False, False, False, True])
+    names = {whole.subset(some).fingerprint() for some in (mask, mask.tolist(), i)}
+    assert len(names) == 1
+    assert whole.unlabelled([]).labelled.sum() == 0
 
 
 # --- splits ---
@@ -522,7 +560,7 @@ def test_few_labels():
     assert len(few_labels(transfer, 50)[0]) == 50  # of the 100 that have labels
     for n in (9, 1070):
         with pytest.raises(ValueError, match='n must be from 10 to 1069'): few_labels(train, n)
-    rare = ImageData(images(100), torch.tensor([0]*50 + [1]*48 + [2]*2), 'abc')
+    rare = ImageData(images(100), torch.tensor([0]*50 + [1]*48 + [2]*2), list('abc'))
     with pytest.raises(ValueError, match="with 3 labels 'c' gets none"): few_labels(rare, 3)
 
 
@@ -659,7 +697,7 @@ def test_a_sight_is_a_value():
                                                                               crop=0.875)
     said = 'replace can change mean, std, augment, size, views, crop, name, by_class, but was given colour'
     with pytest.raises(ValueError, match=said): dataset().replace(colour=3)
-    with pytest.raises(TypeError, match='colour'): ImageData(images(), torch.arange(60) % 3, 'abc', colour=3)
+    with pytest.raises(TypeError, match='colour'): ImageData(images(), torch.arange(60) % 3, list('abc'), colour=3)
 
 
 # --- calibration ---
@@ -690,3 +728,24 @@ def test_calibration_error_is_the_papers(n, classes, bins, seed):
     labels = torch.randint(classes, (n,), generator=g)
     expected = slow_calibration_error(logits.numpy(), labels.numpy(), bins)
     assert calibration_error(logits, labels, bins) == pytest.approx(expected, abs=1e-9)
+
+
+def test_numbers_of_numpy_make_the_same_data():
+    x, y = torch.arange(256).reshape(4, 1, 8, 8).to(torch.uint8), torch.arange(4) % 2
+    def data(whole, real, flag):
+        augment = ResizedCrop(whole(8), (real(0.25), real(1)), (real(0.5), real(2)), flag(True))
+        views = ImageData(x, y, ['a', 'b'], augment=augment, size=whole(6), crop=real(0.75), views=whole(5))
+        return [views, ImageData(x, y, ['a', 'b'], augment=CropFlip(whole(1), flag(True)))]
+    ours, theirs = data(int, float, bool), data(np.int64, np.float32, np.bool_)
+    assert [d.fingerprint() for d in ours] == [d.fingerprint() for d in theirs]
+    assert type(theirs[0].size) is int and type(theirs[0].crop) is float and type(theirs[0].n_views) is int
+
+
+@pytest.mark.parametrize('turned', [lambda a: a[::-1], lambda a: a[..., ::-1],
+                                    lambda a: a.astype(a.dtype.newbyteorder()),
+                                    lambda a: a[::-1].astype(a.dtype.newbyteorder())])
+def test_arrays_that_run_backwards_or_are_of_another_byte_order_are_read(turned):
+    x, y = np.arange(256, dtype=np.uint8).reshape(4, 1, 8, 8), np.array([0, 1, 1, 0, 1], 'i4')[:4]
+    data = ImageData(turned(x), turned(y), ['a', 'b'])
+    assert data.x.tolist() == turned(x).tolist() and data.y.tolist() == turned(y).tolist()
+    assert data.get(turned(np.arange(4))).index.tolist() == turned(np.arange(4)).tolist()

@@ -238,7 +238,8 @@ def test_a_network_that_taught_can_be_trained_afterwards(teacher, method):
 
 
 def test_hooks_are_gone_after_an_error(teacher):
-    with pytest.raises(RuntimeError): GlassTeacher(teacher).look(torch.zeros(1, 3, SIDE, SIDE))
+    with pytest.raises(ValueError, match=r'does not take inputs of shape \(3, 4, 4\): .*1 channels'):
+        GlassTeacher(teacher).look(torch.zeros(1, 3, SIDE, SIDE))
     assert not any(m._forward_pre_hooks for m in teacher.modules())
 
 
@@ -702,6 +703,47 @@ def test_a_student_learns_what_its_teacher_means_and_is_measured_so(teacher, met
         distill_without_data(turned, net(), method, RECIPE, images(), setup=SETUP, **small)
     with pytest.raises(ValueError, match="the teacher's classes must be 3 names"):
         distill_without_data(sized(teacher, classes=list('ab')), net(), method, RECIPE, setup=SETUP, **small)
+
+
+def test_a_teacher_that_answers_nan_is_refused_before_training(teacher):
+    with torch.no_grad(): teacher[-1].bias[1] = math.nan
+    said = 'the teacher gives logits that are not finite'
+    for method in ('generator', 'inversion'):
+        with pytest.raises(ValueError, match=said): run(method, teacher, None)
+    with pytest.raises(ValueError, match=said): DeepInversion(sized(teacher), torch.arange(3))
+    with pytest.raises(ValueError, match=said): made(teacher)
+
+
+@pytest.mark.parametrize('index', [[24], [-1], [0.5], torch.ones(24).bool(), [[0, 1]], ['a'], 3, None])
+def test_positions_that_are_none_are_refused(index):
+    for data in (noise(24), Pictures(torch.randn(24, 1, SIDE, SIDE), CLASSES)):
+        with pytest.raises(ValueError, match='index'): data.get(index)
+        assert torch.equal(data.get([3, 0]).x, data.get(torch.tensor([3, 0])).x)
+    with pytest.raises(ValueError, match='index and view must be of one shape'): noise().get([3, 0], [1])
+
+
+def test_data_without_labels_are_made_of_what_can_be(teacher):
+    x = torch.randn(6, 1, SIDE, SIDE)
+    for make in (partial(Noise, 6, 5), partial(Pictures, x)):
+        for classes in (0, -1, 2.5, True, 10**12, ['a', 'a'], 'abc'):
+            with pytest.raises(ValueError, match='classes must be'): make(classes)
+    for wrong in (x[0], x.long(), x[:0], [x]):
+        with pytest.raises(ValueError, match='x must be'): Pictures(wrong, CLASSES)
+    with pytest.raises(ValueError, match='given together'): Pictures(x, CLASSES, [0.5])
+    with pytest.raises(ValueError, match="device must be one like 'cpu'"): noise().to('gpu')
+    for bad, said in ((dict(mean=[0.5]*3, std=[0.5]*3), 'mean must be one number for each of the 1 channels'),
+                      (dict(mean=[0.5], std=[0.5]*3), 'mean and std must be one number each'),
+                      (dict(width=1), 'width')):
+        with pytest.raises(ValueError, match=said): Generator(SIDE, **bad)
+
+
+def test_what_measures_and_what_makes_pixels_is_what_it_should_be(teacher):
+    distil = partial(distill_without_data, sized(teacher), net(), recipe=RECIPE, setup=SETUP)
+    for wrong in ((images().x, images().y), 'valid', [images()]):
+        with pytest.raises(ValueError, match='valid must be a data set'): distil(valid=wrong)
+    with pytest.raises(ValueError, match='inversion must be a Recipe'): distil('inversion', inversion={'steps': 2})
+    for wrong in (net(), nn.Identity()):
+        with pytest.raises(ValueError, match='noise of generator must be a whole'): DataFree(net(), teacher, wrong)
 
 
 @pytest.mark.parametrize('kind', [InversionWeights, GeneratorWeights])

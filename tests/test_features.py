@@ -877,3 +877,37 @@ def test_a_cached_teacher_is_tapped_in_the_form_that_its_contract_wants(teacher)
 @pytest.mark.parametrize('term', [Hint, Relational])
 def test_a_term_for_one_pair_refuses_several(term):
     with refused('one layer each'): term(['layer1', 'layer2'], ['layer1', 'layer2'])
+
+
+def test_more_triples_than_fit_a_machine_are_refused_at_once():
+    many = torch.zeros(1, 1).expand(20_000, 16)
+    with pytest.raises(ValueError, match='number of images in student_features must be smaller'):
+        rkd_angle_loss(many, many)
+    with pytest.raises(ValueError, match='number of images in x must be at most'):
+        cka(torch.zeros(1, 1).expand(100_000, 2), torch.zeros(1, 1).expand(100_000, 2))
+
+
+def test_inputs_that_a_network_does_not_take_are_named():
+    with pytest.raises(ValueError, match=r'x must be inputs that Sequential takes, .*shape \(2, 7\)'):
+        feature_shapes(nn.Sequential(nn.Linear(3, 3)), torch.zeros(2, 7))
+
+
+def test_one_name_is_a_layer_and_not_its_letters():
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(5, 3)
+    assert layer_similarity(model, model, x, '0', ['0']).shape == (1, 1)
+
+
+@pytest.mark.parametrize('size', [(0, 1), (3, 1), (1,), (10**18, 1), (1.5, 1)])
+def test_an_attention_map_is_not_larger_than_the_features(size):
+    with pytest.raises(ValueError, match='size must be'): attention_map(torch.randn(2, 3, 2, 2), size)
+
+
+@pytest.mark.parametrize('index', [[], [[0]], [24], [-1], [0.5], list(range(24))*10])
+def test_pictures_are_of_images_that_there_are(index):
+    with pytest.raises(ValueError, match='index must be from 1 to 100 positions in 0..23'):
+        plot_attention({'a': (nn.Flatten(), 'fc')}, images(24), torch.tensor(index))
+
+
+def test_the_name_of_a_term_is_text():
+    with pytest.raises(ValueError, match='the name of a term must be a word'):
+        FeatureDistill(student(), student(), {1: 2})

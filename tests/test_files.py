@@ -1,10 +1,11 @@
 "Files: arguments refused, weights on disk, and files that survive."
-import errno, json, math, os, signal, subprocess, sys
+import builtins, errno, json, math, os, signal, subprocess, sys
 from functools import partial
 
 import pytest, torch
-from distill_nb.files import (fingerprint, function_name, must, number, pack_weights, read_weights, reason,
-                              save_weights, whole)
+from distill_nb.doors import must, number, reason, whole
+from distill_nb.files import (fingerprint, from_json, function_name, locked, pack_weights, read_weights, save_weights,
+                              stored_classes, write_atomic)
 from distill_nb.models import digit_student, resnet8
 from distill_nb.zoo import load_weights
 from networks import bits, same
@@ -125,7 +126,7 @@ def test_facts_that_are_tuples_are_read_as_lists(tmp_path):
 @pytest.mark.parametrize('call,parts', [
     (lambda p: load_weights(digit_student(), p/'no.safetensors'), ['no.safetensors', 'there is none']),
     (lambda p: read_weights(p/'no.safetensors'), ['no.safetensors', 'there is none']),
-    (lambda p: read_weights(p), ['there is none']),
+    (lambda p: read_weights(p), ['a file and not a folder']),
     (lambda p: load_weights(digit_student(), p), ['is a folder']),
     (lambda p: save_weights(digit_student(), p/'w.pth'), ['w.pth', '.safetensors'])])
 def test_bad_paths_are_named(call, parts, tmp_path):
@@ -142,6 +143,26 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='No space'): save_weights(digit_student(), path)
     assert path.read_bytes() == old and os.listdir(tmp_path) == ['w.safetensors']
+
+
+@pytest.mark.parametrize('why', [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
+def test_what_the_system_refuses_is_said_of_the_file_that_was_to_be_written(why, tmp_path, monkeypatch):
+    def refuse(*_): raise OSError(why, os.strerror(why))
+    for place in (os, 'fsync'), (os, 'replace'), (builtins, 'open'):
+        with monkeypatch.context() as m:
+            m.setattr(*place, refuse)
+            with pytest.raises(OSError) as e: write_atomic(tmp_path/'w.json', b'{}')
+        assert str(e.value) == f"[Errno {why}] {os.strerror(why)}: '{tmp_path/'w.json'}'" and not os.listdir(tmp_path)
+    with pytest.raises(IsADirectoryError, match=f"directory: '{tmp_path}'$"): write_atomic(tmp_path, b'{}')
+    with pytest.raises(OSError, match=f"too long: '{tmp_path/('x' * 300)}'$"): write_atomic(tmp_path/('x' * 300), b'{}')
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    save_weights(digit_student(), tmp_path/'w.safetensors')
+    def refuse(*_): raise PermissionError(errno.EACCES, 'Permission denied')
+    monkeypatch.setattr(builtins, 'open', refuse)
+    with pytest.raises(ValueError) as e: read_weights(tmp_path/'w.safetensors')
+    assert str(e.value) == f"'{tmp_path/'w.safetensors'}' cannot be read: Permission denied."
 
 
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
@@ -192,3 +213,83 @@ def test_nothing_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match='tensors to save; of a Teacher give .model'):
         save_weights(nn.Identity(), tmp_path/'w.safetensors')
     assert not (tmp_path/'w.safetensors').exists()
+
+
+# JSON
+
+@pytest.mark.parametrize('text', ['', 'no json', '{"a": 1', b'\xff\xfe', '[' * 51 + ']' * 51, '[' * 10**6,
+                                  '{"a":' * 990, '[' * 900 + ']' * 900, '1' * 5000])
+def test_what_is_no_json_is_one_sentence_that_names_the_file(text):
+    with pytest.raises(ValueError) as e: from_json(text, 'run/recipe.json')
+    assert str(e.value).startswith("'run/recipe.json' is damaged or is not JSON: ") and len(str(e.value)) < 200
+
+
+def test_json_of_few_levels_is_read():
+    value = {'rows': [{'step': 1, 'loss': [0.5, None]}] * 3, 'a': {'b': {}}}
+    assert from_json(json.dumps(value), 'f') == from_json(json.dumps(value).encode(), 'f') == value
+    assert from_json('[' * 50 + ']' * 50, 'f')
+
+
+@pytest.mark.parametrize('classes', ['[' * 10**5, '7', '[]', '["a", "a"]', '[["a"]]', 'abc', '{"a": 1}', 'NaN'])
+def test_stored_classes_that_are_no_list_of_names_are_refused(classes):
+    with pytest.raises(ValueError, match="The metadata 'classes' of 'w.safetensors' must be a list of different names"):
+        stored_classes({'classes': classes}, 'w.safetensors')
+
+
+# Locks
+
+HOLD = """
+import os, sys, time
+from distill_nb.files import locked
+with locked(sys.argv[1], 'out'):
+    print('held', flush=True)
+    time.sleep(60)"""
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended_however_it_ends(tmp_path):
+    first = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path/'a'/'run')], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == 'held\n'
+    said = f"^out must be a folder that no other process uses, but '{tmp_path/'a'/'run'}' is in use"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said), locked(tmp_path/'a'/'run', 'out'): pass
+    first.kill()
+    first.wait()
+    with locked(tmp_path/'a'/'run', 'out'): (tmp_path/'a'/'run'/'mine').touch()
+    assert os.listdir(tmp_path/'a'/'run') == ['mine']
+
+
+def test_the_process_that_holds_a_folder_is_named(tmp_path):
+    said = f'is in use by process {os.getpid()}.$'
+    with locked(tmp_path), pytest.raises(ValueError, match=said), locked(tmp_path): pass
+
+
+def test_an_error_leaves_no_lock_and_no_folder_that_was_made_for_it(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path/'a'/'b'): raise KeyError
+    assert not os.listdir(tmp_path)
+    (tmp_path/'empty').mkdir()
+    with locked(tmp_path/'empty'): pass
+    assert os.listdir(tmp_path) == ['empty'] and not os.listdir(tmp_path/'empty'), 'what was there stays'
+
+
+def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    import filelock
+    def refuse(*_, **__): raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(filelock.FileLock, 'acquire', refuse)
+    with pytest.warns(UserWarning, match=f"'{tmp_path}' cannot be locked against other processes .*No locks"):
+        with locked(tmp_path): pass
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='a folder where nobody can make a file')
+def test_a_lock_that_cannot_be_made_is_not_in_use():
+    with pytest.raises(OSError, match=": '/proc/x'$"), locked('/proc/x', 'out', is_file=True): pass
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    ended = subprocess.Popen([sys.executable, '-c', ''])
+    ended.wait()
+    kept = ['mine.1.tmp', '.mine.tmp', '.mine.txt', f'.state.{os.getpid()}.tmp', f'.b.{ended.pid}-1f.tmp']
+    for name in [*kept, f'.state.safetensors.{ended.pid}.tmp']: (tmp_path/name).touch()
+    with locked(tmp_path): assert sorted(os.listdir(tmp_path)) == sorted(['.lock', *kept])
+    (tmp_path/f'.state.{ended.pid}.tmp').touch()
+    with locked(tmp_path/'table.csv', is_file=True): pass
+    assert (tmp_path/f'.state.{ended.pid}.tmp').exists(), 'the folder is not locked'

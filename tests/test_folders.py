@@ -8,8 +8,8 @@ from PIL import Image
 from torchvision import datasets, transforms
 from distill_nb.data import (CropFlip, ResizedCrop, channel_stats, count_values, epoch_order, few_labels,
                              stratified)
-from distill_nb.folders import LOOSE, FolderReport, ImageFiles, Notice, image_folder, read_folder
-from distill_nb.images import HIDDEN, SUFFIX, image_files
+from distill_nb.folders import LOOSE, FolderReport, ImageFiles, Notice, hold_out, image_folder, read_folder
+from distill_nb.images import HIDDEN, SUFFIX, Form, image_files
 from distill_nb.losses import UNLABELLED
 from distill_nb.sets import load_data
 from distill_nb.training import Teacher
@@ -337,7 +337,7 @@ def test_folders_that_do_not_fit(tmp_path, spoil, words):
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match='path must be a folder'): image_folder(tmp_path/'nowhere')
     with pytest.raises(ValueError, match='at least 2 classes'): image_folder(tmp_path)
-    with pytest.raises(ValueError, match='size must be a whole number of at least 1'): \
+    with pytest.raises(ValueError, match='size must be a whole number from 1 to 4,096'): \
         image_folder(write_folder(tmp_path), size=0)
 
 
@@ -815,3 +815,27 @@ def test_importing_data_loads_no_heavy_library():
     heavy = ('sklearn', 'torchvision', 'matplotlib', 'PIL')
     code = f'import sys, distill_nb.folders; print([m for m in {heavy} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'
+
+
+# --- what no files can be read with ---
+
+def test_held_out_labels_are_whole_numbers_of_any_type():
+    y = torch.arange(40) % 2
+    assert (hold_out(y.to(torch.uint8), 8) == hold_out(y.tolist(), 8)).all() and hold_out(y, 8).sum() == 8
+    for wrong in (y.float(), y - 1, y[None], [], 'ab', y + 10**12, torch.tensor([0, 0, 1])):
+        with pytest.raises(ValueError, match='y must be labels'): hold_out(wrong, 8)
+
+
+def test_files_need_paths_hashes_and_a_normalisation(tmp_path):
+    files = [str(write_image(tmp_path/f'{k}.png', seed=k)) for k in range(4)]
+    good = dict(files=files, y=[0, 1, 0, 1], classes=['a', 'b'], form=Form(8), hashes=np.zeros((4, 32), np.uint8),
+                mean=[0.5]*3, std=[0.5]*3)
+    data = ImageFiles(**good)
+    for wrong, said in ((dict(files=[None]*4), 'files must be a list of paths'), (dict(mean=None), 'mean and std must'),
+                        (dict(hashes=np.zeros((3, 32), int)), 'hashes must be'), (dict(workers=10**9), 'workers must'),
+                        (dict(files=files[:3]), 'hashes must be uint8 of shape')):
+        with pytest.raises(ValueError, match=said): ImageFiles(**good | wrong)
+    for index in ([4], [-1], [0.5]):
+        with pytest.raises(ValueError, match='index must be'): data.pixels(index)
+        with pytest.raises(ValueError, match='index must be'): next(data.replace(workers=0).stream([(index, [0])]))
+    assert data.pixels([]).shape == (0, 3, 8, 8) and data.pixels([3]).shape == (1, 3, 8, 8)

@@ -165,7 +165,8 @@ def test_the_history_holds_the_auxiliary_losses_and_they_train_the_auxiliary_hea
 
 def test_torchvisions_googlenet_trains_with_and_without_its_auxiliary_heads(quiet):
     g = torch.Generator().manual_seed(0)
-    data = ImageData(torch.randint(0, 256, (12, 3, 32, 32), generator=g).to(torch.uint8), torch.arange(12) % 3, 'abc')
+    x = torch.randint(0, 256, (12, 3, 32, 32), generator=g).to(torch.uint8)
+    data = ImageData(x, torch.arange(12) % 3, list('abc'))
     for aux in (True, False):
         torch.manual_seed(0)
         model = googlenet(num_classes=3, init_weights=False, aux_logits=aux)
@@ -203,7 +204,8 @@ def test_models_of_timm_and_transformers_teach_and_learn(quiet):
     from transformers import ViTConfig, ViTForImageClassification
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
-    data = ImageData(torch.randint(0, 256, (16, 3, 32, 32), generator=g).to(torch.uint8), torch.arange(16) % 3, 'abc')
+    x = torch.randint(0, 256, (16, 3, 32, 32), generator=g).to(torch.uint8)
+    data = ImageData(x, torch.arange(16) % 3, list('abc'))
     small = dict(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2, num_classes=3)
     deit = timm.create_model('deit_tiny_distilled_patch16_224', **small)
     deit.set_distilled_training(True)

@@ -1,5 +1,5 @@
 """Images in files: which they are, and what becomes of their pixels."""
-import os, socket, time, warnings
+import os, pickle, socket, time, warnings
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
@@ -411,3 +411,27 @@ def test_only_a_few_images_are_read_ahead_of_their_use(size, tmp_path, monkeypat
         if i % 50 == 0: time.sleep(0.01)
         assert file == files[i] and len(done) - i <= 16*(4 + 2)
     assert sorted(done) == sorted(files)
+
+
+# --- what is no path, and no form ---
+
+@pytest.mark.parametrize('path', ['', '\0', '\ud800', 'nowhere', 3, None, b''])
+def test_a_folder_that_is_none_is_not_taken_for_an_empty_one(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for look in (image_files, list_images):
+        with pytest.raises(ValueError, match='folder must be'): look(path)
+
+
+@pytest.mark.parametrize('call, said', [
+    (lambda: Form(0), 'side must be'), (lambda: Form(8, 'CMYK'), 'mode must be RGB or L'),
+    (lambda: read_images(['a.png', None], Form(8)), 'files must be a list of paths, but .*None'),
+    (lambda: read_images('a.png', Form(8)), 'files must be a list'), (lambda: header('\0'), 'file must be a path'),
+    (lambda: pixels_of(np.zeros((8, 8)), Form(8)), 'image must be one of Pillow'),
+    (lambda: picture_hash('a.png', 'CMYK'), 'mode must be RGB or L')])
+def test_what_no_image_can_be_read_with_is_refused(call, said):
+    with pytest.raises(ValueError, match=said): call()
+
+
+def test_a_form_is_a_tuple_that_can_be_sent_and_kept():
+    form = Form(8, 'L', whole=True)
+    assert list(form) == [8, 'L', True] and pickle.loads(pickle.dumps(form)) == form == form._replace(side=8)

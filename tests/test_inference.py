@@ -1,5 +1,6 @@
 """Answers for files: the same as in training, and tables that survive odd names, damage and kills."""
 import csv, io, os, signal, subprocess, sys, time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from distill_nb import inference
 from distill_nb.cli import distill_nb, distill_nb_predict, run_command
 from distill_nb.data import UNLABELLED, ImageData
-from distill_nb.files import read_weights, save_weights
+from distill_nb.files import locked, read_weights, save_weights
 from distill_nb.folders import ImageFiles, image_folder
 from distill_nb.images import Form
 from distill_nb.inference import image_paths, open_student, predictions, write_predictions
@@ -156,7 +157,7 @@ def test_a_teacher_of_ones_own_and_the_side_that_it_sees(tmp_path):
             Teacher(model, CLASSES, [0.], [1.], 16): 'the network',
             Teacher(model, CLASSES, [0.]*2, [1.]*2, 16): 'mean'}.items():
         with pytest.raises(ValueError, match=said): predictions(other, tmp_path)
-    for form, said in (16, 'form must be a Form'), (Form(16, 'L'), 'mode must be RGB'), (Form(0), 'side must be'):
+    for form, said in (16, 'form must be a Form'), (Form(16, 'L'), 'mode must be RGB'):
         with pytest.raises(ValueError, match=said): predictions(network, tmp_path, form)
 
 
@@ -405,12 +406,64 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, said, bad, monkeypatch, 
     assert shown.err.startswith('distill_nb_predict: ') and shown.out == '' and sorted(bad.rglob('*')) == before
 
 
-def test_ctrl_c_says_how_to_continue(odd, tmp_path, trained, monkeypatch, capsys):
-    def stop(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(inference, 'read_images', stop)
-    assert command(tmp_path/'new', '--student', trained) == 130
-    err = capsys.readouterr().err
-    assert '--out FILE --resume' in err and err.count('\n') == 1
+def test_ctrl_c_says_how_to_continue_where_a_table_was_begun(odd, tmp_path, trained, monkeypatch, capsys):
+    ask, out = inference._batches, tmp_path/'my table.csv'
+    def stop_after(batches):
+        def some(*args):
+            yield from islice(ask(*args), batches)
+            raise KeyboardInterrupt
+        monkeypatch.setattr(inference, '_batches', some)
+    def said(*argv):
+        assert command(tmp_path/'new', '--student', trained, '--batch_size', 2, *argv) == 130
+        return capsys.readouterr().err
+    stop_after(0)
+    assert said() == said('--out', out) == 'distill_nb_predict: interrupted\n' and not list(tmp_path.glob('*table*'))
+    stop_after(1)
+    assert said() == 'distill_nb_predict: interrupted\n'
+    more = f"with --out '{out}' --resume it continues behind the rows that are there"
+    assert said('--out', out) == f'distill_nb_predict: interrupted; {more}\n'
+    monkeypatch.setattr(inference, '_batches', ask)
+    assert command(tmp_path/'new', '--student', trained, '--batch_size', 2, '--out', out, '--resume') == 0
+
+
+def test_there_is_nothing_to_continue_before_a_table_was_begun(odd, tmp_path, trained, capsys):
+    assert command(tmp_path/'new', '--student', trained, '--out', tmp_path/'tabel.csv', '--resume') == 2
+    assert capsys.readouterr().err.endswith(f"out must be a table that was begun, but is '{tmp_path/'tabel.csv'}'.\n")
+    assert not list(tmp_path.glob('*tabel*'))
+
+
+def test_two_processes_do_not_write_one_table(odd, tmp_path, trained, capsys):
+    with locked(tmp_path/'t.csv', 'out', is_file=True):
+        assert command(tmp_path/'new', '--student', trained, '--out', tmp_path/'t.csv') == 2
+        said = f"distill_nb_predict: out must be a file that no other process uses, but '{tmp_path/'t.csv'}' is in use"
+        assert capsys.readouterr().err == f'{said} by process {os.getpid()}.\n'
+        assert command(tmp_path/'new', '--student', trained, '--out', tmp_path/'u.csv') == 0, 'another table beside it'
+    assert command(tmp_path/'new', '--student', trained, '--out', tmp_path/'t.csv') == 0
+    assert sorted(p.name for p in tmp_path.iterdir() if 'csv' in p.name) == ['t.csv', 'u.csv']
+
+
+@pytest.mark.parametrize('edit', [
+    lambda rows: rows[:2] + [''] + rows[2:], lambda rows: [*rows[:2], rows[2] + ',more', *rows[3:]],
+    lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]], lambda rows: [rows[0], 'path,what', *rows[2:]],
+    lambda rows: [*rows[:2], '"' + 'x' * 200_000 + '",a,1,', *rows[3:]]])
+def test_rows_that_were_edited_by_hand_are_refused(edit, tmp_path, trained, monkeypatch, capsys):
+    (tmp_path/'new').mkdir()
+    for i in range(8): Image.fromarray(pixels(i, 16, 16)).save(tmp_path/'new'/f'{i}.png')
+    partial = begun(tmp_path/'new', trained, tmp_path/'t.csv', 2, monkeypatch, batch_size=3)
+    edited = '\n'.join(edit(partial.read_text().split('\n'))).encode()
+    partial.write_bytes(edited)
+    argv = ['--student', trained, '--batch_size', 3, '--out', tmp_path/'t.csv', '--resume']
+    assert command(tmp_path/'new', *argv) == 2
+    assert 'out must be a table that was begun, not a damaged one' in capsys.readouterr().err
+    assert partial.read_bytes() == edited
+
+
+@pytest.mark.parametrize('key,value', [('side', v) for v in ('abc', '0', '-3', '1e9', '9' * 400, '[8]', '')] +
+                         [('whole', v) for v in ('maybe', '1', '')])
+def test_facts_of_a_student_that_make_no_sense_are_named(key, value, tmp_path):
+    student(tmp_path/'s.safetensors', **{key: value})
+    with pytest.raises(ValueError, match=f"^the (fact )?{key} that '{tmp_path/'s.safetensors'}' names must be "):
+        open_student(tmp_path/'s.safetensors')
 
 
 SOURCE = """
@@ -475,3 +528,8 @@ def test_what_is_no_image_is_counted_and_a_pipe_is_not_waited_for(tmp_path, trai
     said = 'distill_nb_predict: 1 left out: no image by its suffix\ndistill_nb_predict: 1 left out: no regular file\n'
     assert capsys.readouterr().err == said
     assert command(place/CLASSES[0]/'pipe.png', '--student', trained) == 2  # it is no file and no folder
+
+
+@pytest.mark.parametrize('images', [[Image.new('L', (8, 8))], Image.new('L', (8, 8)), [None], [b'x.png', 5], 5, None])
+def test_what_is_no_path_of_an_image_is_named(images):
+    with pytest.raises(ValueError, match='images must be a list of paths'): image_paths(images)

@@ -435,7 +435,8 @@ def test_two_classes_that_changed_places_are_warned_of_and_refused_where_more_wa
         check_teacher(Teacher(Answers(swapped), classes=names), data)
 
 
-@pytest.mark.parametrize('labels', [list(range(10)) * 60, list(range(100)) * 6], ids=['ten', 'hundred'])
+@pytest.mark.parametrize('labels', [pytest.param(list(range(10)) * 60, id='ten'),
+                                    pytest.param(list(range(100)) * 6, id='hundred', marks=pytest.mark.slow)])
 def test_heads_that_were_never_trained_are_in_no_order(labels):
     torch.manual_seed(0)
     x, y = clusters(labels)
@@ -683,3 +684,24 @@ def test_a_student_that_shares_weights_with_its_teacher_is_refused():
         with pytest.raises(ValueError, match='share no weight with it'): objective.check(data)
     other = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     Distill(other, net, examine=False).check(data)
+
+
+@pytest.mark.parametrize('said, wrong', [('now', {'now': 1.5}), ('then', {'then': math.nan}), ('n', {'n': 0}),
+                                         ('items', {'items': 10**18})])
+def test_a_fall_is_one_of_shares(said, wrong):
+    with pytest.raises(ValueError, match=f'^{said} must be'):
+        fell_below(**({'now': 0.5, 'n': 10, 'then': 1., 'items': 10} | wrong))
+
+
+@pytest.mark.parametrize('said, wrong', [
+    ('labels must be 3 whole numbers', {'labels': torch.tensor([0, 1])}),
+    ('labels must be from 0 to 2', {'labels': torch.tensor([0, 1, 3])}),
+    ('labels must be from 0 to 2', {'labels': torch.tensor([0, 1, -100])}), ('labels', {'labels': torch.ones(3)}),
+    ('chance must be', {'chance': torch.ones(3)}), ('chance must be', {'chance': torch.ones(2)/2}),
+    ('logits', {'logits': torch.full((3, 3), math.nan)}), ('logits', {'logits': torch.zeros(0, 3)})])
+def test_an_exam_needs_answers_and_labels_that_belong_together(said, wrong):
+    with pytest.raises(ValueError, match=said): by_luck(**({'logits': torch.eye(3), 'labels': torch.arange(3)} | wrong))
+
+
+def test_no_answers_are_no_probabilities():
+    with pytest.raises(ValueError, match='the shape of outputs'): probability_kind(torch.zeros(0, 3))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import distill_nb.losses as losses_module
 from distill_nb.losses import (UNLABELLED, DistillationLoss, collapse, dist_loss, dkd_loss, hard_loss,
                                jsd_loss, kd_loss, log_soften, reverse_kl_loss, rows_there, standardize, top_k, upcast)
+from distill_nb.theory import entropy, plot_bars, plot_lines, soften
 
 quick = settings(deadline=None, max_examples=20)
 
@@ -1200,3 +1201,80 @@ def test_settings_of_the_hard_part():
     others = [DistillationLoss(3., 0.5), DistillationLoss(3., 0.5, label_smoothing=0.1), loss,
               DistillationLoss(3., 0.5, label_smoothing=0.1, class_weights=2 * rare(5))]
     assert len({repr(l) for l in others}) == 4 and repr(loss) == repr(copy.deepcopy(loss))
+
+
+@pytest.mark.parametrize('temperature', [0., -1., math.nan, math.inf, '4'])
+def test_softening_needs_a_temperature_above_0(temperature):
+    for f in soften, log_soften:
+        with pytest.raises(ValueError, match=f'temperature must be greater than 0, but is {temperature!r}'):
+            f(torch.randn(2, 3), temperature)
+
+
+@pytest.mark.parametrize('kind', [torch.bool, torch.complex64])
+@pytest.mark.parametrize('side', [0, 1])
+@pytest.mark.parametrize('loss', [kd_loss, reverse_kl_loss, jsd_loss, dist_loss])
+def test_logits_are_real_numbers(loss, side, kind):
+    pair = [torch.randn(2, 3), torch.randn(2, 3)]
+    pair[side] = pair[side].to(kind)
+    with pytest.raises(ValueError, match=f'student_logits and teacher_logits must be .*real.*{kind}'): loss(*pair)
+
+
+def test_only_some_of_the_classes_are_kept_and_only_of_the_same_places():
+    wide, narrow = torch.randn(4, 5), torch.randn(4, 3)
+    for k in (0, -1, 5, 10**18):
+        with pytest.raises(ValueError, match=r'k must be a whole number from 1 to 4'): top_k(wide, k)
+    kept = top_k(torch.tensor([[0., 1., 2., 4., 3.]]*4), 2)
+    with pytest.raises(ValueError, match=r'teacher must be .*classes in 0\.\.2'): collapse(narrow, kept)
+    with pytest.raises(ValueError, match=r'the shape of teacher must be \(3,\) and k, but is \(4, 2\)'):
+        collapse(wide[:3], kept)
+
+
+def test_a_weight_that_float32_can_not_hold_is_refused():
+    for loss, name in ((dkd_loss, 'alpha'), (dkd_loss, 'beta'), (dist_loss, 'inter')):
+        labels = {'labels': torch.tensor([0, 1])} if loss is dkd_loss else {}
+        with pytest.raises(ValueError, match=f'{name} must be at most 3e38.*1e[+]300'):
+            loss(torch.randn(2, 3), torch.randn(2, 3), **labels, **{name: 1e300})
+
+
+def test_entropy_is_that_of_probabilities():
+    for wrong in (torch.tensor([-0.5, 1.5]), torch.tensor([math.nan, 1.]), torch.tensor([0.3, 0.3])):
+        with pytest.raises(ValueError, match='probs must be at least 0, with sums of 1'): entropy(wrong)
+
+
+@pytest.mark.parametrize('said, more', [
+    ('that of x, 2, but is 1', {'lines': {'a': [1.]}}), ('styles must be', {'styles': []}),
+    ('styles must be', {'styles': ['line']}), ('log must be', {'log': 'z'}),
+    ('x must be a list of numbers', {'x': [None]*2}), ('xlabel must be', {'xlabel': '\ud800'})])
+def test_what_can_not_be_drawn_as_lines_is_refused(said, more):
+    with pytest.raises(ValueError, match=said): plot_lines(**({'x': [1, 2], 'lines': {'a': [1., 2.]}} | more))
+
+
+@pytest.mark.parametrize('said, more', [
+    ('panels must be', {'panels': {}}), ("panels\\['a'\\] must be a list of numbers", {'panels': {'a': 3}}),
+    ('ticks must be one for each of 2 bars', {'ticks': ['x']}), ('figsize must be', {'figsize': (1e18, 1)})])
+def test_what_can_not_be_drawn_as_bars_is_refused(said, more):
+    with pytest.raises(ValueError, match=said): plot_bars(**({'panels': {'a': [1., 2.]}} | more))
+
+
+@pytest.mark.parametrize('divergence', [F.mse_loss, F.kl_div, torch.nn.MSELoss(), lambda z, v: (z - v).sum()])
+def test_a_divergence_without_a_temperature_is_refused_when_the_loss_is_made(divergence):
+    with pytest.raises(ValueError, match='divergence must be a function with a parameter temperature, such as'):
+        DistillationLoss(divergence=divergence)
+
+
+class Labelled(torch.nn.Module):
+    "A divergence that is a module."
+    def forward(self, z, v, temperature, labels): return z.sum() + temperature + labels.sum()
+
+
+@pytest.mark.parametrize('divergence, labels', [(Labelled(), True), (lambda z, v, **more: z.sum(), False),
+                                                (max, False)])
+def test_what_a_divergence_says_of_itself_is_asked_of_functions_and_modules(divergence, labels):
+    loss = DistillationLoss(divergence=divergence)
+    assert (loss.wants_labels, loss.wants_weight) == (labels, False)
+
+
+def test_settings_from_numpy_are_those_of_python():
+    given = dict(temperature=3., alpha=0.5, standardize=True, label_smoothing=0.25)
+    same = DistillationLoss(np.float64(3), np.float32(0.5), kd_loss, np.bool_(True), np.float64(0.25))
+    assert repr(same) == repr(DistillationLoss(**given))

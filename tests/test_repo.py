@@ -8,9 +8,9 @@ from tools.notebooks import (NBS, ROOT, bibliography, code_hash, form, head, ker
                              references, runs, settings, stale)
 
 # Lowest first: a module imports only from those before it.
-MODULES = ['files', 'weights', 'losses', 'theory', 'data', 'images', 'scans', 'folders', 'sets', 'models', 'training',
-           'tracking', 'compare', 'logits', 'cache', 'features', 'self_distillation', 'data_free', 'zoo', 'teachers',
-           'inference', 'methods', 'report', 'run', 'bench', 'cli']
+MODULES = ['doors', 'files', 'ranks', 'weights', 'losses', 'theory', 'data', 'images', 'scans', 'folders', 'sets',
+           'models', 'training', 'tracking', 'compare', 'logits', 'cache', 'features', 'self_distillation', 'data_free',
+           'zoo', 'teachers', 'inference', 'methods', 'report', 'run', 'bench', 'cli']
 S = settings()
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
 TRACKED = TRACKED or [str(p.relative_to(ROOT)) for p in ROOT.rglob('*') if p.is_file()]

@@ -163,7 +163,7 @@ def test_damaged_images_leave_their_place_and_hold_no_frames(files, look):
 
 
 def test_size_must_be_a_whole_number(files):
-    with pytest.raises(ValueError, match='size must be a whole number of at least 1'): scan(files, size=0)
+    with pytest.raises(ValueError, match='size must be a whole number from 1 to 4,096'): scan(files, size=0)
 
 
 # --- the second start ---
@@ -420,3 +420,19 @@ def test_worker_processes_find_what_threads_find(tmp_path, monkeypatch):
     assert torch.equal(few.counts(), alone.counts()) and (many.seen == alone.seen).all()
     said = [[(f, str(e)) for f, e in s.damage] for s in (many, few, alone)]
     assert said[0] == said[1] == said[2] == [(str(files[4100]), said[0][0][1])] and 'cannot identify' in said[0][0][1]
+
+
+@pytest.mark.parametrize('given, said', [
+    (dict(size=10**6), 'size must be a whole number from 1 to 4,096'), (dict(max_bytes=-1), 'max_bytes must be'),
+    (dict(max_bytes=float('nan')), 'max_bytes must be'), (dict(keep='\0'), 'keep must be the path of a folder')])
+def test_a_scan_that_makes_no_sense_is_refused_before_a_file_is_read(given, said):
+    with pytest.raises(ValueError, match=said): scan(['nowhere.png'], **given)
+
+
+def test_rows_of_a_scan_and_notes_are_those_that_there_are(tmp_path):
+    found = scan([str(write_image(tmp_path/f'{k}.png', seed=k)) for k in range(3)], keep=tmp_path/'scans')
+    for rows in ([3], [0.5], None, ['a']):
+        with pytest.raises(ValueError, match='rows must be positions of the 3 files'): found.counts(rows)
+    assert torch.equal(found.counts([-1]), found.counts(slice(2, None)))
+    with pytest.raises(ValueError, match='note must be one of turned'): noted(found.seen, 'torn')
+    with pytest.raises(ValueError, match='seen must be an array as looks gives it'): noted(np.zeros(3), 'deep')

@@ -233,7 +233,8 @@ def test_stopping_really_stops_and_leaves_no_hook_behind():
         ran.clear()
         exits(torch.zeros(2, 1, 8, 8), k)
         assert ran[:len(expected) - (k < 2)] == expected[:len(expected) - (k < 2)] and not set(ran) - set(expected)
-    with pytest.raises(RuntimeError): exits(torch.zeros(2, 5, 8, 8), 1)  # a failing network leaves no hook either
+    with refused(r'the network does not take inputs of shape \(5, 8, 8\)'):  # a failing network leaves no hook either
+        exits(torch.zeros(2, 5, 8, 8), 1)
     assert [len(m._forward_hooks) for m in model.children()] == [1] * 7
 
 
@@ -292,27 +293,34 @@ def test_deeper_exits_cost_more_and_none_more_than_the_network(name):
     assert macs == sorted(set(macs)) and [c['trunk'] for c in costs] == sorted(c['trunk'] for c in costs)
 
 
+class UntilSure(nn.Module):
+    def __init__(self, exits, threshold):
+        super().__init__()
+        self.exits, self.threshold = exits, threshold
+    def forward(self, x): return self.exits.until_sure(x, self.threshold)
+
+
 def test_stopping_when_sure_is_what_the_curve_replays():
     torch.manual_seed(0)
     objective, data = BeYourOwnTeacher(staged(), shape=(1, 8, 8)), images()
     fit(objective, data, replace(RECIPE, steps=60))
     exits = objective.model
     logits, costs = exit_logits(exits, data), exit_costs(exits, (1, 8, 8))
-    for t in (0., 0.6, 0.8, 1.01):
+    for t in (0., 0.6, 0.8, 1.):
         stop, row = sure_exit(logits, t), sure_curve(exits, data, [t])[0]
         paid, right = [], []
         for i in range(len(data)):
             x = data.get(torch.tensor([i])).x
             z, k = exits.until_sure(x, t)
             assert k == stop[i] and torch.allclose(z[0], logits[k][i], atol=1e-5)
-            paid.append(count_macs(lambda x: exits.until_sure(x, t), x) if i < 5 else costs[k]['path'])
+            paid.append(count_macs(UntilSure(exits, t), x) if i < 5 else costs[k]['path'])
             assert paid[-1] == costs[k]['path']
             right.append(z.argmax().item() == data.y[i].item())
         assert row['macs'] == pytest.approx(sum(paid) / len(paid))
         assert row['accuracy'] == pytest.approx(sum(right) / len(right))
         assert sum(row['stopped']) == pytest.approx(1, abs=0.01)
         if t == 0.: assert stop.unique().tolist() == [0]
-        if t > 1: assert stop.unique().tolist() == [len(exits) - 1]
+        if t == 1.: assert stop.unique().tolist() == [len(exits) - 1]
     assert plot_exits(measure_exits(exits, data), sure_curve(exits, data)) is not None
     with refused('one image'): exits.until_sure(torch.zeros(2, 1, 8, 8))
 
@@ -357,7 +365,7 @@ def test_a_layer_that_is_overwritten_in_place_gives_the_same_in_training_and_whe
 def test_stopping_when_sure_leaves_a_network_that_trains_as_it_was():
     exits = EarlyExits(staged(), shape=(1, 8, 8)).train()
     before, x = fingerprint(exits.state_dict()), torch.randn(1, 1, 8, 8)
-    logits, k = exits.until_sure(x, 1.01)
+    logits, k = exits.until_sure(x, 1.)
     assert exits.training and exits.backbone.training and not logits.requires_grad
     assert fingerprint(exits.state_dict()) == before
     assert torch.equal(logits, exits.eval()(x)) and k == len(exits) - 1
@@ -388,9 +396,9 @@ def test_other_refusals_of_exits():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     with refused('shape must be given'): EarlyExits(flat, ['1'])
     fixed = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3))
-    with refused(r'does not take \(1, 32, 32\)'): EarlyExits(fixed, ['0'])
+    with refused(r'the model does not take inputs of shape \(1, 32, 32\)'): EarlyExits(fixed, ['0'])
     with refused('linear layer'): EarlyExits(nn.Sequential(nn.Conv2d(1, 2, 3)), ['0'])
-    with refused('exit must be from -3 to 2, but is 3'): EarlyExits(staged())(torch.zeros(1, 1, 8, 8), 3)
+    with refused('exit must be a whole number from -3 to 2, but is 3'): EarlyExits(staged())(torch.zeros(1, 1, 8, 8), 3)
     with refused("'unused' did not run"): run_until(Odd(), 'unused', torch.zeros(1, 1, 8, 8))
     mlp = EarlyExits(nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3)), ['1'], shape=(1, 8, 8))
     assert [z.shape for z in mlp.exits(torch.zeros(2, 1, 8, 8))] == [(2, 3), (2, 3)]
@@ -644,6 +652,18 @@ def test_the_view_loss_refuses_what_would_be_broadcast(shapes, named):
     with refused(named): view_loss(*map(torch.zeros, shapes))
 
 
+def test_a_teacher_that_says_nothing_is_refused_as_a_teacher():
+    said, z, c = 'teacher_logits and centre must be finite', torch.zeros(4, 3), torch.zeros(3)
+    for wrong in (math.nan, math.inf):
+        gt = z.clone()
+        gt[1, 2] = wrong
+        with refused(said): view_loss(z, gt, c)
+        assert view_loss(z, gt, c, weight=torch.tensor([1., 0., 1., 1.])) == pytest.approx(math.log(3))
+    with refused(said): view_loss(z, z, c * math.nan)
+    masked = torch.tensor([[0., 0., -math.inf]]*4)
+    assert view_loss(z, masked, c) == pytest.approx(math.log(3))
+
+
 def test_a_masked_class_has_no_part_in_the_view_loss():
     g = torch.Generator().manual_seed(0)
     gs, gt, c = (torch.randn(shape, generator=g) for shape in ((4, 5), (4, 5), (5,)))
@@ -817,6 +837,23 @@ def test_without_labels_the_answers_do_not_collapse():
     assert found['no_sharp'][0] > each, found
 
 
+def test_an_average_follows_one_network():
+    average = MovingAverage(net())
+    before = weights(average)
+    for other in (nn.Identity(), digit_student(5), nn.Sequential(net(), nn.Linear(3, 3))):
+        with refused('model must be the network that is followed'): average.update(other)
+    assert weights(average) == before
+
+
+def test_exits_are_measured_on_images_with_labels():
+    exits = EarlyExits(staged(), shape=(1, 8, 8))
+    for data in (images().unlabelled(range(59)), text()):
+        with refused('data must be images that all have a label'): measure_exits(exits, data)
+        with refused('data must be images that all have a label'): sure_curve(exits, data)
+    for wrong in (1.01, -0.1, math.nan, '0.5'):
+        with refused('each of thresholds must be a probability'): sure_curve(exits, images(), [0.5, wrong])
+
+
 def test_labelled_images_are_repeated_until_they_are_the_share():
     data = images(60).unlabelled(torch.arange(10))
     for share, times in ((0.5, 5), (0.75, 15), (0.01, 1)):
@@ -824,7 +861,7 @@ def test_labelled_images_are_repeated_until_they_are_the_share():
         assert len(more) == 10 * times + 50 and (more.y != UNLABELLED).sum() == 10 * times and more.mean == data.mean
         assert {h.tobytes() for h in more.x.numpy()} == {h.tobytes() for h in data.x.numpy()}
         assert more.y[more.y != UNLABELLED].bincount(minlength=3).tolist() == [times * c for c in (4, 3, 3)]
-    with refused('share must be between 0 and 1, but is 1'): repeat_labelled(data, 1)
+    with refused('share must be greater than 0 and at most 0.99, but is 1'): repeat_labelled(data, 1)
     with refused('none has a label'): repeat_labelled(images().unlabelled([]))
 
 
@@ -975,3 +1012,8 @@ class Auxiliary(nn.Module):
 def test_a_last_linear_layer_that_does_not_run_is_named():
     with pytest.raises(ValueError, match="the last linear layer of the model must be its head and run .* but is 'rot'"):
         BeYourOwnTeacher(Auxiliary(), shape=(1, 8, 8))
+
+
+def test_born_again_refuses_a_network_in_place_of_what_makes_one():
+    with pytest.raises(ValueError, match="make_student must be a function .*copy.deepcopy.*'WideResNet'"):
+        born_again(wrn_16_1(10), digits().train, Recipe(steps=1))

@@ -18,7 +18,7 @@ from distill_nb.images import Form
 from distill_nb.logits import check_teacher
 from distill_nb.losses import UNLABELLED
 from distill_nb.methods import Task, choose_setting, rehearse
-from distill_nb.self_distillation import SelfTeacher, exit_logits, measure_exits, repeat_labelled
+from distill_nb.self_distillation import EarlyExits, SelfTeacher, exit_logits, measure_exits, repeat_labelled
 from distill_nb.sets import (ImageItems, Items, _pass, cifar10, cifar100, dataset_splits, fashion_mnist, image_data,
                              load_data, mnist)
 from distill_nb.teachers import make_teacher, try_normalisations
@@ -191,8 +191,9 @@ def test_grey_images(grey): assert torch.equal(image_data(Made(grey)).x, PIXELS[
 
 def test_where_channels_stand_in_doubt():
     small = PIXELS[..., :3, :3]
-    assert torch.equal(image_data([(x, i % 2) for i, x in enumerate(small)], 'ab').x, small)
-    assert torch.equal(image_data([(x.numpy(), i % 2) for i, x in enumerate(small)], 'ab').x, small.permute(0, 3, 1, 2))
+    assert torch.equal(image_data([(x, i % 2) for i, x in enumerate(small)], list('ab')).x, small)
+    arrays = [(x.numpy(), i % 2) for i, x in enumerate(small)]
+    assert torch.equal(image_data(arrays, list('ab')).x, small.permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize('colours', [lambda x: x[0], hwc])
@@ -397,7 +398,7 @@ def test_names_of_classes(capsys):
     with pytest.raises(ValueError, match='parts of a ConcatDataset must name the same classes'):
         image_data(ConcatDataset([Made(), other]))
     with pytest.raises(ValueError, match='classes of test must be those of train'): dataset_splits(Made(), other)
-    assert image_data(ConcatDataset([Made(), other]), classes='abc').classes == ['a', 'b', 'c']
+    assert image_data(ConcatDataset([Made(), other]), classes=list('abc')).classes == ['a', 'b', 'c']
     assert len(image_data(ConcatDataset([Made(), Made(n=6)]))) == 36
     other.classes = [('tench', 'Tinca tinca'), ('goldfish',), ('shark',)]  # as ImageNet's
     assert image_data(other).classes == ['tench, Tinca tinca', 'goldfish', 'shark']
@@ -566,7 +567,7 @@ def test_classes_that_a_split_lacks_are_said(capsys):
     assert lacks(Made(), test=of(0, 1, 2), valid=of(1, 2))[0].startswith("No item of 'dark' is in the valid split")
     train, valid, test = lacks(of(0, 1))
     assert train == "No item of 'bright' is in the train split: they are not learned." and 'valid' in valid
-    assert "'d', 'e', 'f', 'g', 'h' and 2 more is" in lacks(Made(), classes='abcdefghij')[0]
+    assert "'d', 'e', 'f', 'g', 'h' and 2 more is" in lacks(Made(), classes=list('abcdefghij'))[0]
 
 
 # --- Hugging Face's ---
@@ -630,6 +631,23 @@ def test_real_data_sets_of_hugging_face():
     with pytest.raises(ValueError, match='Hugging Face does without streaming=True'): image_data(streamed)
 
 
+@pytest.mark.parametrize('columns', [(0, 5), ('img', 'label'), (0,), 'ab', (0.5, 1)])
+def test_columns_are_looked_for_before_all_items_are_read(columns):
+    with pytest.raises(ValueError, match='columns must be'): Items([(PIXELS[0], 1)], columns)
+    with pytest.raises(ValueError, match='columns must be'): image_data([(PIXELS[0], 1)]*4, columns=columns)
+
+
+def test_places_are_those_of_the_parts():
+    items, sight = Items([(x, i % 2) for i, x in enumerate(PIXELS[:4])]), dict(mean=[0.5]*3, std=[0.5]*3)
+    def made(places, parts=(items,)):
+        hashes = np.zeros((len(places), 32), np.uint8)
+        return ImageItems(list(parts), places, Form(9), [0, 1]*(len(places)//2), ['a', 'b'], hashes=hashes, **sight)
+    assert len(made([(0, 3), (0, 0)])) == 2
+    for places in ([(0, 4), (0, 0)], [(1, 0), (0, 0)], [(0, -1), (0, 0)], [0, 1]):
+        with pytest.raises(ValueError, match='each of places must be'): made(places)
+    with pytest.raises(ValueError, match='parts must be a list of Items'): made([(0, 0)]*2, [PIXELS])
+
+
 # --- every door ---
 
 class Vgg(nn.Linear):
@@ -639,6 +657,7 @@ class Vgg(nn.Linear):
 def doors(data):
     "Calls of all that takes data."
     net, good = nn.Sequential(nn.Flatten(), nn.Linear(243, 3)), ImageData(PIXELS, LABELS, CLASSES)
+    exits = EarlyExits(nn.Sequential(nn.Flatten(), nn.Linear(243, 8), nn.ReLU(), nn.Linear(8, 3)), ['1'], (3, 9, 9))
     recipe, one = Recipe(steps=1), {'a': Contender(Supervised, good)}
     task, setting = Task(lambda: net, net, good, good, recipe), [dict(label_smoothing=0.)]
     return {'fit': lambda: fit(Supervised(net), data, recipe),
@@ -654,7 +673,7 @@ def doors(data):
             'cached': lambda: CachedTeacher(net, data), 'self': lambda: SelfTeacher(net, data),
             'student': lambda: check_student(net, data, 'the model'),
             'normalisations': lambda: try_normalisations(Teacher(net), data),
-            'exits': lambda: exit_logits(net, data), 'measured exits': lambda: measure_exits(net, data),
+            'exits': lambda: exit_logits(exits, data), 'measured exits': lambda: measure_exits(exits, data),
             'labelled': lambda: rehearse('alone', task._replace(labelled=data)),
             'transfer': lambda: choose_setting('kd', task._replace(transfer=data), good),
             'chosen on': lambda: choose_setting('alone', task, data, setting)}
@@ -682,6 +701,7 @@ def test_a_teacher_is_made_for_splits(data, said):
 
 def test_a_teacher_that_has_data_refuses_a_loader_too():
     net, good = nn.Sequential(nn.Flatten(), nn.Linear(243, 3)), ImageData(PIXELS, LABELS, CLASSES)
+    exits = EarlyExits(nn.Sequential(nn.Flatten(), nn.Linear(243, 8), nn.ReLU(), nn.Linear(8, 3)), ['1'], (3, 9, 9))
     teacher = Teacher(net, mean=[0.5]*3, std=[0.5]*3)
     teacher.check(good)
     with pytest.raises(ValueError, match='but is a DataLoader'): teacher.check(DataLoader(Made(), 8))
@@ -700,3 +720,14 @@ def test_a_data_set_of_others_is_trained_on():
     net = nn.Sequential(nn.Flatten(), nn.Linear(243, 3))
     history = fit(Supervised(net), splits.train, Recipe(steps=2, precision='float32'), splits.valid, progress=False)
     assert history.last['step'] == 2 and 0 <= evaluate(net, splits.test).accuracy <= 1
+
+
+def test_numbers_of_numpy_read_the_same_sets(tmp_path):
+    g = np.random.default_rng(0)
+    pairs = [(g.integers(0, 256, (8, 8, 3), dtype=np.uint8), i % 2) for i in range(60)]
+    write_folder(tmp_path/'own')
+    def read(whole, real, flag):
+        folder = image_folder(tmp_path/'own', size=whole(8), valid=real(0.25), skip_damaged=flag(True), keep=tmp_path)
+        splits = dataset_splits(pairs, valid=real(0.25), size=whole(8), seed=whole(1))
+        return [d.fingerprint() for d in (*splits, *folder, image_data(pairs, size=whole(6), crop=real(0.75)))]
+    assert read(np.int64, np.float32, np.bool_) == read(int, float, bool)

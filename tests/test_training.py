@@ -11,13 +11,14 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from distill_nb import training
+from distill_nb.doors import plain
 from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED, DistillationLoss
 from distill_nb.data import CropFlip, Data, ImageData, Measure, Measured, ResizedCrop, digits
 from distill_nb.models import digit_student, digit_teacher, evaluating, resnet8
 from distill_nb.training import (Checkpoint, DivergedError, History, Objective, Recipe, Run, Setup, Supervised, Teacher,
                                  check_classes, evaluate, fit, fit_device, logits_of, plot_curves, predict, scheduled)
-from processes import alone_and_together
+from processes import alone_and_together, ended, machines
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
 
@@ -233,8 +234,8 @@ def test_fingerprints_are_those_of_before_crops_and_records():
 
 @pytest.mark.parametrize('clause, said', [
     (dict(size=(8, 0.5, 1)), r'size must be a whole number, or a pair \(side, crop\)'),
-    (dict(size=(8, 0)), 'crop must be'),
-    (dict(size=(8, 1.2)), 'crop must be greater than 0 and at most 1'), (dict(size=(8.5, 0.9)), 'size must be a whole'),
+    (dict(size=(8, 0)), 'crop of size must be'),
+    (dict(size=(8, 1.2)), 'crop of size must be greater than 0'), (dict(size=(8.5, 0.9)), 'size must be a whole'),
     (dict(reached=0.93), 'reached must be numbers by the name of their measure'), (dict(reached={}), 'reached must be'),
     (dict(reached={'items': 180}), 'reached must be'), (dict(reached={'accuracy': 'high'}), 'reached must be'),
     (dict(reached={'accuracy': 0.9, 'items': 0}), 'items of reached must be a whole number of at least 1')])
@@ -268,7 +269,7 @@ def test_a_batch_of_other_data_is_no_question_for_a_teacher_with_a_form_of_its_o
         with pytest.raises(ValueError, match='other inputs than the data set gives.*in 6 of 6 rows.*index -1'):
             teacher(other)
     assert teacher(batch).shape == (6, 3)
-    colours = ImageData(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 3, '012')
+    colours = ImageData(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 3, list('012'))
     wide = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), size=16)
     wide.check(colours)
     assert wide(colours.arranged(colours.get(torch.arange(6)), half=True)).shape == (6, 3)
@@ -359,11 +360,12 @@ def test_a_network_in_half_precision_teaches_in_every_precision(dtype):
 @pytest.mark.parametrize('given, said', [
     (dict(data=[1, 2]), 'data must be a data set, .* but is a list'),
     (dict(data=digits()), 'data must be a data set, .*of Splits, one of the three.*, but is a Splits'),
-    (dict(recipe=3), 'recipe must be a Recipe, but is a int'),
-    (dict(valid=[1]), 'valid must be a data set'), (dict(objective=3), 'objective must be an nn.Module'),
+    (dict(recipe=3), 'recipe must be a Recipe, but is 3'),
+    (dict(valid=[1]), 'valid must be a data set'), (dict(objective=3), 'objective must be a network'),
     (dict(save_every='often'), "save_every must be a number of at least 0, but is 'often'"),
     (dict(log='x'), 'log must be a function'), (dict(resume='yes'), 'resume must be True or False'),
-    (dict(folder=3), 'folder must be a path'), (dict(setup=3), 'setup must be a Setup')])
+    (dict(folder=3), 'folder must be a path'), (dict(folder=''), "folder must be a path, or None, but is ''"),
+    (dict(setup=3), 'setup must be a Setup')])
 def test_what_is_of_another_kind_is_refused_at_the_door(given, said):
     whole = dict(objective=Supervised(net()), data=images(), recipe=RECIPE) | given
     with pytest.raises(ValueError, match=said): fit(**whole)
@@ -449,15 +451,27 @@ def test_a_teachers_fingerprint_covers_weights_structure_and_clauses():
 @pytest.mark.parametrize('clauses, said', [
     (dict(outputs='odds'), 'outputs must be one of'), (dict(mean=[0.]), 'mean and std must be given together'),
     (dict(read='logits'), 'read must be a function'), (dict(size=0), 'size must be a whole number'),
-    (dict(mean=0.5, std=1.), 'mean must be a list'), (dict(classes=10), 'classes must be a list of names')])
+    (dict(mean=0.5, std=1.), 'mean must be a list'),
+    (dict(mean=['a'], std=[1.]), 'mean must be a list with one number'),
+    (dict(mean=[None], std=[1.]), 'mean must'), (dict(mean=[[0.5]], std=[1.]), 'mean must'),
+    (dict(mean=[1j], std=[1.]), 'mean must'), (dict(mean=[math.nan], std=[1.]), 'mean must'),
+    (dict(mean=[0.], std=[0.]), r'std must be a list with one number greater than 0 per channel, but is \[0.0\]'),
+    (dict(mean=[], std=[]), 'mean must'), (dict(mean=[0., 0.], std=[1.]), 'mean and std must be of one length'),
+    (dict(classes=10), 'classes must be a list of names')])
 def test_a_contract_that_cannot_be_kept_is_refused(clauses, said):
     with pytest.raises(ValueError, match=said): Teacher(net(), **clauses)
 
 
 def test_what_is_no_network_is_told_so():
-    with pytest.raises(ValueError, match='teacher must be a network.*is a str. Make it with build_model'):
-        Teacher('teacher.pth')
-    with pytest.raises(ValueError, match='teacher must be a network.*is a dict'): Teacher({'a': 1})
+    said = "model must be a network.*but is 'teacher.pth'. Open a name or a file with open_model"
+    with pytest.raises(ValueError, match=said): Teacher('teacher.pth')
+    with pytest.raises(ValueError, match='model must be a network.*is a dict'): Teacher({'a': 1})
+    with pytest.raises(ValueError, match='^model must be a network, but is a Teacher. Give its .model.$'):
+        Supervised(Teacher(net()))
+    objective = Supervised(net())
+    for call in (Supervised, Teacher, lambda m: evaluate(m, images()), lambda m: predict(m, images())):
+        with pytest.raises(ValueError, match='^model must be a network, but is the objective Supervised. Give its '):
+            call(objective)
 
 
 def test_data_of_another_form_are_refused_where_they_have_only_one():
@@ -507,18 +521,51 @@ def test_fit_leaves_the_teacher_alone_and_trains_adapters():
 # --- the recipe
 
 @pytest.mark.parametrize('bad', [
-    dict(epochs=0), dict(epochs=math.inf), dict(epochs=math.nan), dict(epochs='2'), dict(epochs=np.int64(2)),
+    dict(epochs=0), dict(epochs=math.inf), dict(epochs=math.nan), dict(epochs='2'),
     dict(steps=0), dict(steps=2.5), dict(batch_size=0), dict(batch_size=True), dict(accumulate=0),
-    dict(batch_size=np.int64(8)), dict(steps=True), dict(seed=np.int64(1)),
-    dict(lr=0), dict(lr=-1), dict(lr=math.nan), dict(lr='0.1'), dict(lr=True), dict(lr=np.float32(0.1)), dict(lr=None),
+    dict(steps=True), dict(lr=np.float32('nan')), dict(batch_size=np.int64(0)), dict(seed=np.bool_(True)),
+    dict(lr=0), dict(lr=-1), dict(lr=math.nan), dict(lr='0.1'), dict(lr=True), dict(lr=None),
     dict(momentum=1), dict(weight_decay=-1), dict(weight_decay='0'), dict(warmup=1), dict(clip=0), dict(clip='1'),
     dict(augment='no'), dict(augment=1), dict(seed=True), dict(seed=1.5), dict(keep='first'), dict(keep=None),
     dict(patience=0), dict(patience=True), dict(patience=2.5), dict(patience='3'), dict(rows=0), dict(rows=2.5),
+    dict(epochs=1e300), dict(epochs=2e9), dict(steps=99999999999), dict(steps='5'), dict(steps=[5]),
+    dict(batch_size=10**9), dict(batch_size=None), dict(accumulate=10**12), dict(epochs=None), dict(epochs=[1]),
     dict(optimizer='lion'), dict(schedule='x'), dict(precision='fp8')])
 def test_a_recipe_names_what_is_wrong_with_it(bad):
     (name, value), = bad.items()
     with pytest.raises(ValueError, match=rf'{name} must be .*, but is ') as e: Recipe(**bad)
-    assert repr(value) in str(e.value)
+    assert repr(plain(value)) in str(e.value)
+
+
+def test_numbers_of_numpy_are_kept_as_pythons_own(tmp_path):
+    given = dict(epochs=np.int64(2), steps=np.int32(4), batch_size=np.int64(8), lr=np.float32(0.5), clip=np.float64(1),
+                 augment=np.bool_(True), seed=np.int64(3), patience=np.int64(4), rows=np.int16(2),
+                 accumulate=np.uint8(1))
+    same = Recipe(**{k: v.item() for k, v in given.items()})
+    assert repr(Recipe(**given)) == repr(same)
+    fit(Supervised(net()), images(), Recipe(**given), images(), folder=tmp_path, resume=np.bool_(True))
+    h = fit(Supervised(net()), images(), same, images(), folder=tmp_path, resume=True)
+    assert h.steps == 4
+    own = dict(classes=np.array(['a', 'b', 'c']), mean=np.array([0.5], np.float32), std=np.array([0.25]))
+    known = dict(reached={'accuracy': np.float32(0.5), 'items': np.int64(180)}, size=(np.int64(8), np.float64(0.5)))
+    teacher = Teacher(model := net(), **own, **known)
+    by_hand = Teacher(model, list('abc'), [0.5], [0.25], (8, 0.5), reached={'accuracy': 0.5, 'items': 180})
+    assert json.dumps(teacher.contract) == json.dumps(by_hand.contract)
+    assert teacher.fingerprint() == by_hand.fingerprint()
+    assert evaluate(model, images(), np.int64(8)) == evaluate(model, images(), 8)
+    assert torch.equal(predict(model, images(), batch_size=np.int64(8)), predict(model, images(), 8))
+
+
+def test_a_run_without_end_and_a_batch_without_room_are_refused_before_the_first_step(monkeypatch):
+    assert Recipe(epochs=1e9, batch_size=100).total_steps(100) == 10**9
+    with pytest.raises(ValueError, match='epochs must be so few that 101 items make .* but is 1000000000.0'):
+        Recipe(epochs=1e9, batch_size=100).total_steps(101)
+    with pytest.raises(ValueError, match='epochs must be so few that 60 items'):
+        fit(Supervised(net()), images(), Recipe(epochs=1e9, batch_size=2))
+    monkeypatch.setattr(training, 'free_bytes', lambda: 32 * 64 * 4)  # as many as the inputs of a batch take
+    with pytest.raises(ValueError, match='^batch_size must be small enough .* 8,192 bytes .*, but is 32.'):
+        fit(Supervised(net()), images(), RECIPE)
+    fit(Supervised(net()), images(), replace(RECIPE, accumulate=2, steps=2))
 
 
 @settings(deadline=None, max_examples=50)
@@ -562,6 +609,25 @@ def test_a_plan_is_one_stream_however_it_is_cut(n, piece, accumulate, world, ste
 def test_without_augmentation_every_view_is_the_image_itself():
     assert all((v == 0).all() for _, v in images().plan(replace(RECIPE, augment=False), 0, 5))
     assert any((v != 0).any() for _, v in images().plan(RECIPE, 0, 5))
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch):
+    drawn, order = [], training.epoch_order
+    monkeypatch.setattr(training, 'epoch_order', lambda n, seed, epoch: drawn.append(epoch) or order(n, seed, epoch))
+    data, recipe = images(100), Recipe(batch_size=8)
+    parts = [i for i, _ in data.plan(recipe, 0, 40, chunk=2)]
+    assert drawn == [0, 1, 2, 3]
+    assert torch.equal(torch.stack(parts), torch.stack([i for i, _ in data.plan(recipe, 0, 40)]))
+
+
+def test_a_large_batch_is_planned_a_step_at_a_time(monkeypatch):
+    asked, stream = [], training._stream
+    def counted(data, recipe, first, last, orders):
+        asked.append(last - first)
+        return stream(data, recipe, first, last, orders)
+    monkeypatch.setattr(training, '_stream', counted)
+    [*images().plan(Recipe(batch_size=2**19), 0, 3)]
+    assert asked == [2, 1]
 
 
 # --- the run
@@ -789,7 +855,7 @@ def test_a_checkpoint_that_is_older_than_a_field_of_the_recipe_is_continued(tmp_
 
 
 TOGETHER = """
-from accelerate.utils import gather_object
+from distill_nb.ranks import from_each
 from test_training import *
 def run():
     recipe = replace(RESTLESS, patience=3, lr=1.)
@@ -799,7 +865,7 @@ def run():
         def measure(self, valid): raise DivergedError('it broke')
     try: fit(Spoilt(net()), images(), RECIPE, images(), device='cpu', progress=False)
     except DivergedError as e: said = str(e)
-    return gather_object([[weights(a), h.steps, h.best['step'], h.best['accuracy'], said]])
+    return from_each([weights(a), h.steps, h.best['step'], h.best['accuracy'], said])
 """
 
 
@@ -807,6 +873,157 @@ def test_processes_stop_at_the_same_row_and_keep_the_same_weights(tmp_path):
     (one, alone), (two, *both) = alone_and_together(TOGETHER, tmp_path)
     assert (one, two) == (1, 2) and both[0] == both[1]
     assert both[0][1:] == alone[1:] and alone[2] < alone[1] < 20 and alone[4] == 'it broke'
+
+
+SHARED = """
+from distill_nb.ranks import from_each
+from distill_nb.training import _together
+from test_training import *
+class Counts(nn.Sequential):
+    asked = 0
+    def forward(self, x):
+        if not self.training: self.asked += len(x)
+        return super().forward(x)
+class Worse(ImageData):  # the first row is the best
+    rows = 0
+    def measure(self, answers):
+        self.rows += 1
+        return super().measure(answers) | {'accuracy': -self.rows}
+class Looks(ImageData):  # a measure that looks at the inputs
+    measures = Measure('brightness'), Measure('accuracy')
+    def measure(self, answers):
+        pairs = [(z, b.x.double().sum().item(), b.y) for z, b in answers]
+        hits = sum((z.argmax(1) == y).sum().item() for z, _, y in pairs)
+        return {'brightness': sum(x for _, x, _ in pairs), 'accuracy': hits}
+def run():
+    out, data, valid = [], images(), images(1300, seed=1)  # three batches of 512
+    splits = weighted(valid), images(5, seed=2), Looks(valid.x, valid.y, valid.classes)
+    for keep in ('last', 'best'):
+        torch.manual_seed(int(os.environ.get('RANK', 0)))  # rank 1 begins with other weights
+        model = Counts(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        recipe = replace(RECIPE, keep=keep, rows=4, lr=0.3, schedule='constant')
+        falling = Worse(valid.x, valid.y, valid.classes)
+        h = fit(Supervised(model), data, recipe, falling, device='cpu', progress=False)
+        asked, model.asked = model.asked, 0
+        after = evaluate(model, valid).loss
+        out.append([weights(model), as_measured(h), asked, model.asked, after])
+    for split in splits:
+        own = evaluate(model, split)
+        with _together(): shared, logits = evaluate(model, split), predict(model, split)
+        out.append([own, shared, torch.equal(logits, predict(model, split))])
+    bad = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad(): bad[1].weight[:, 1].fill_(math.nan if int(os.environ.get('RANK', 0)) else 0.)
+    try:
+        with _together(): said = evaluate(bad, valid)
+    except ValueError as e: said = str(e)
+    return from_each([*out, said])
+"""
+
+
+def test_processes_share_the_questions_of_a_measurement_and_leave_the_same_tensors(tmp_path):
+    (one, alone), (two, *both) = alone_and_together(SHARED, tmp_path)
+    assert (one, two) == (1, 2)
+    for own, other in zip(both[0][:2], both[1][:2]):
+        assert own[:2] == other[:2] and own[4:] == other[4:]  # weights, rows, what is measured afterwards
+        assert own[3] == other[3] == 1300 and max(own[2], other[2]) < 0.7 * 4 * 1300  # alone all, together a share
+    (*_, rows, _, _, last), (*_, _, _, best) = both[0][:2]
+    assert last == rows[-1]['valid_loss'] != rows[0]['valid_loss'] == best
+    for found in (alone, *both):
+        for own, shared, equal in found[2:5]: assert own == shared and equal
+    assert both[0][5] == both[1][5] and 'logits that are not finite' in both[0][5] and isinstance(alone[5], dict)
+
+
+OWN = """
+from test_training import *
+class Asks(Supervised):
+    def measure(self, valid):
+        if rank == 0: return evaluate(self.model, valid)
+        return {'accuracy': 0., 'loss': 9.}
+class Fails(Asks):
+    def measure(self, valid):
+        if rank: raise OSError('no room')
+        return evaluate(self.model, valid)
+def run(kind):
+    return fit(kind(net()), images(), RECIPE, images(1300), device='cpu', progress=False).rows
+print([r['accuracy'] for r in run(Asks)])
+run(Fails)
+"""
+
+
+def test_a_measure_of_ones_own_may_ask_or_fail_in_one_process_alone(tmp_path):
+    "What the first one measured counts, and none waits for an answer that does not come."
+    code = 'from distill_nb import ranks\nranks._SILENT, ranks._GRACE = 5., 1.\n' + OWN
+    (first, a, err), (other, b, why) = ended(machines(code, tmp_path/'a', tmp_path/'b'))
+    assert a == b and len(json.loads(a)) == 10 and max(json.loads(a)) > 0
+    assert (first, other) == (1, 1) and why.splitlines()[-1].endswith('OSError: no room'), (err, why)
+    assert 'rank 1 of 2 failed at step 2 of 20: OSError: no room' in err
+
+
+MACHINE = """
+from small import *
+from distill_nb.files import fingerprint
+torch.manual_seed(rank)  # other weights, of which those of rank 0 count
+model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+recipe = Recipe(steps=120, batch_size=16, lr=0.05, precision='float32', rows=12, keep='best')
+class Dies(Supervised):
+    def measure(self, valid):
+        kept = os.path.exists('../a/run/checkpoint.safetensors')
+        if DIES and rank == 1 and kept: os.kill(os.getpid(), signal.SIGKILL)
+        return super().measure(valid)
+how = dict(folder='run', resume=True, device='cpu', progress=False, save_every=0)
+h = fit(Dies(model), images(), recipe, images(seed=1), **how)
+print(fingerprint(model.state_dict()), h.steps, sum(h.losses['hard']), h.best['accuracy'])
+"""
+
+
+def test_two_machines_of_which_one_dies_end_where_they_would_have_ended(tmp_path):
+    "Two processes with working directories of their own, so that the first one alone has a checkpoint."
+    def run(*places, dies=False):
+        return ended(machines(MACHINE.replace('DIES', str(dies)), *(tmp_path/place for place in places)))
+    (code, _, first), (died, *_) = run('a', 'b', dies=True)
+    assert (code, died) == (1, -signal.SIGKILL) and not (tmp_path/'b'/'run').exists()
+    told = [line for line in first.splitlines() if line.startswith('distill_nb: rank 1 of 2 was lost at step ')]
+    assert told and told[0].endswith("with resume=True the run goes on from the checkpoint in 'run'.")
+    both, whole = run('a', 'b'), run('c', 'd')
+    assert {code for code, *_ in both + whole} == {0}, both + whole
+    (a, b), (c, d) = ([out for _, out, _ in pair] for pair in (both, whole))
+    assert a == b == c == d and a.split()[1] == '120'
+
+
+OTHERWISE = """
+from test_training import *
+from distill_nb.ranks import from_each
+def refused(*args, **kw):
+    try: fit(*args, **kw, device='cpu', progress=False)
+    except Exception as error: print(f'{type(error).__name__}: {error}')
+def objective(): return Supervised(net())
+fit(objective(), images(), RECIPE, images(), folder='run', device='cpu', progress=False)
+refused(objective(), images(), RECIPE, folder='run')
+refused(objective(), images(), replace(RECIPE, lr=0.1), folder='run', resume=True)
+refused(objective(), images(), replace(RECIPE, seed=rank, lr=0.1 + rank))
+refused(objective(), images(seed=rank), RECIPE)
+refused(objective(), images(), RECIPE, images() if rank else None)
+class Fails(Supervised):
+    def forward(self, batch): return {'hard': super().forward(batch)['hard'] * (math.inf if rank else 1)}
+    def explain(self, batch): return f'a label of rank {rank} is masked' if rank else None
+refused(Fails(net()), images(), replace(RECIPE, steps=100), folder='other')
+class Full(Checkpoint):
+    def write(self, tensors, meta): raise OSError(28, 'No space left on device')
+training.Checkpoint = Full
+refused(objective(), images(), RECIPE, folder='full')
+"""
+
+
+def test_what_one_rank_refuses_all_refuse_and_in_the_same_words(tmp_path):
+    (code, a, err), (other, b, _) = ended(machines(OTHERWISE, tmp_path/'a', tmp_path/'b'))
+    assert (code, other) == (0, 0) and a == b, err
+    said = a.splitlines()
+    assert len(said) == 7 and "'run' holds a run already: continue it with resume=True" in said[0]
+    assert 'was made by another recipe: lr was 0.05 and is 0.1' in said[1]
+    assert said[2].endswith('lr of the recipe must be the same in every rank, but is 0.1 in rank 0 and 1.1 in rank 1.')
+    assert 'data must be the same in every rank' in said[3] and 'valid must be the same in every rank' in said[4]
+    assert said[5].endswith('became inf at step 0 of 100; no checkpoint was written. A label of rank 1 is masked')
+    assert said[6] == 'OSError: [Errno 28] No space left on device'
 
 
 # --- what is told while a run goes on
@@ -1143,13 +1360,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, first, then, named):
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_kept(tmp_path):
-    from safetensors.torch import save
+    from safetensors.torch import load, save
     path = tmp_path/'checkpoint.safetensors'
     fit(Supervised(net()), images(), RECIPE, folder=tmp_path)
     good = path.read_bytes()
     middle = len(good) // 2
     flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
-    for bad in (good[:-7], good[:100], b'', b'not a checkpoint', flipped, save({'a': torch.ones(3)})):
+    nameless = save(load(good))  # the same tensors without their fingerprint
+    for bad in (good[:-7], good[:100], b'', b'not a checkpoint', flipped, nameless, save({'a': torch.ones(3)})):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match='checkpoint.safetensors'):
             fit(Supervised(net()), images(), RECIPE, folder=tmp_path, resume=True)
@@ -1202,6 +1420,119 @@ def test_a_frozen_student_and_a_valid_split_without_labels_are_refused():
     valid.y[3] = UNLABELLED
     with pytest.raises(ValueError, match='valid must have a label.*1 have none'):
         fit(Supervised(net()), images(), RECIPE, valid)
+
+
+def test_a_valid_split_of_other_classes_is_refused():
+    class Plain(nn.Module):  # asks nothing by itself
+        def __init__(self):
+            super().__init__()
+            self.model = net()
+        def forward(self, batch): return {'hard': F.cross_entropy(self.model(batch.x), batch.y)}
+    data = images()
+    for names, said in ((['0', '2', '1'], "class 1 of valid must be '1', as in data, but is '2'"),
+                        (['0', '1', 'x'], "class 2 of valid must be '2', as in data, but is 'x'")):
+        for objective in (Supervised(net()), Plain()):
+            with pytest.raises(ValueError, match=said):
+                fit(objective, data, RECIPE, ImageData(data.x, data.y, names))
+
+
+def edited(folder, change):
+    "A checkpoint of step 20 of 40 that somebody has changed, and given the marks that fit."
+    tensors, meta = Checkpoint(folder).read()
+    change(tensors, meta)
+    Checkpoint(folder).write(tensors, meta)
+
+
+def go_on(folder, objective=None):
+    objective = objective or Distilling(net(seed=3), net(seed=1))
+    return fit(objective, images(), replace(RECIPE, steps=40), images(), folder=folder, resume=True)
+
+
+FIELDS = {
+    'step': [20.5, '20', None, -1, 41, True], 'done': [None, 'yes', 1], 'scaler': [3, [], {'scale': 'large'}],
+    'history': [None, [], {'rows': {}}, {'rows': [3]}, {'rows': [{}]}, {'rows': [{'step': 41}]}, {'more': 1},
+                {'rows': [{'step': 2, 'lr': 'x'}]}, {'seconds': 'long'}, {'measure': 5}, {'measure': [1, 2, 3]},
+                {'environment': 3}, {'losses': {'soft': [1.]}}, {'losses': ['soft']}],
+    'losses': [None, 'soft', [3], ['lost'], [['soft']]]}
+
+
+@pytest.mark.parametrize('name, value', [(name, value) for name, values in FIELDS.items() for value in values])
+def test_a_field_of_a_checkpoint_that_was_edited_is_refused_by_name(half, name, value):
+    edited(half, lambda tensors, meta: meta.update({name: value}))
+    objective = Distilling(net(seed=3), net(seed=1))
+    before = weights(objective)
+    with pytest.raises(ValueError, match=f'^{name} in .*checkpoint.safetensors.* must be .*, but is'):
+        go_on(half, objective)
+    assert weights(objective) == before
+
+
+@pytest.mark.parametrize('name, said', [
+    ('objective.model.1.weight', 'objective in'), ('best.model.1.weight', 'best in'), ('losses.soft', 'losses in'),
+    ('optimizer.99.momentum_buffer', 'the tensors in'), ('optimizer.x', 'the tensors in'),
+    ('optimizer.0.momentum_buffer', 'the tensors in')])
+def test_a_tensor_of_a_checkpoint_that_does_not_fit_is_refused_by_name(half, name, said):
+    edited(half, lambda tensors, meta: tensors.update({name: torch.ones(2, 3)}))
+    with pytest.raises(ValueError, match=f'^{said} .*checkpoint.safetensors.* must be .*, but is'):
+        go_on(half)
+
+
+@pytest.fixture
+def half(tmp_path, interrupt):
+    objective = Distilling(net(seed=3), net(seed=1))
+    interrupt(objective, 25)
+    with pytest.raises(KeyboardInterrupt):
+        fit(objective, images(), replace(RECIPE, steps=40), images(), folder=tmp_path, save_every=0)
+    assert Checkpoint(tmp_path).read()[1]['step'] == 24
+    return tmp_path
+
+
+def test_json_that_goes_too_deep_is_refused_by_name(half):
+    tensors, meta = Checkpoint(half).read()
+    deep = b'{"step": ' + b'[' * 100_000 + b']' * 100_000 + b'}'
+    from safetensors.torch import save
+    tensors['meta'] = torch.frombuffer(bytearray(deep), dtype=torch.uint8)
+    (half/'checkpoint.safetensors').write_bytes(save(tensors, {'fingerprint': fingerprint(tensors)}))
+    with pytest.raises(ValueError, match='checkpoint.safetensors.*levels'):
+        go_on(half)
+
+
+def test_the_losses_of_a_checkpoint_are_tensors_and_older_ones_that_are_text_are_continued(half):
+    tensors, meta = Checkpoint(half).read()
+    assert meta['history']['losses'] == {} and meta['losses'] == ['hard', 'soft']
+    assert {k: tensors[f'losses.{k}'].shape for k in meta['losses']} == {'hard': (24,), 'soft': (24,)}
+    def as_text(tensors, meta):
+        meta['history']['losses'] = {k: tensors.pop(f'losses.{k}').tolist() for k in meta.pop('losses')}
+    kept = (half/'checkpoint.safetensors').read_bytes()
+    h = go_on(half)
+    (half/'checkpoint.safetensors').write_bytes(kept)
+    edited(half, as_text)
+    again = go_on(half)
+    whole = go_on(None)
+    assert h.losses == again.losses == whole.losses and list(h.losses) == ['hard', 'soft']
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_goes_on(tmp_path):
+    refused = []
+    def log(row):
+        try: fit(Supervised(net()), images(), RECIPE, folder=tmp_path, resume=True)
+        except ValueError as error: refused.append(str(error))
+    fit(Supervised(net()), images(), RECIPE, images(), folder=tmp_path, log=log)
+    assert len(refused) == 10 and 'folder must be a folder that no other process uses' in refused[0]
+    fit(Supervised(net()), images(), RECIPE, images(), folder=tmp_path, resume=True)
+    assert sorted(os.listdir(tmp_path)) == ['checkpoint.safetensors', 'curve.csv']
+
+
+NO_NAMES = ['', '.', '..', '../up', 'a/b', '/abs', 'a\\b', 'nul\0', 'x' * 256, 'ä' * 128, 3, None]
+
+
+@pytest.mark.parametrize('name', NO_NAMES)
+def test_a_name_that_is_no_folder_below_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match='^name must be '): Setup(folder=tmp_path).inside(name)
+
+
+def test_names_of_contenders_are_folders(tmp_path):
+    for name in ('kd, T=4', 'ä: 1', 'x' * 255, '.hidden', '...'):
+        assert Setup(folder=tmp_path).inside(name).folder == tmp_path/name
 
 
 # --- kill and resume, several processes

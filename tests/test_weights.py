@@ -5,7 +5,7 @@ import numpy as np
 import pytest, torch
 from distill_nb.files import save_weights
 from distill_nb.models import checked_state, digit_student, resnet18, resnet8, transfer_weights
-from distill_nb.weights import fitting, read_checkpoint
+from distill_nb.weights import Stored, fitting, read_checkpoint
 from distill_nb.zoo import load_weights
 from networks import bits, same
 from torch import nn
@@ -854,3 +854,17 @@ def test_a_damaged_checkpoint_changes_no_model(tmp_path):
     before = bits(model)
     with pytest.raises(ValueError, match='damaged'): load_weights(model, path)
     assert same(bits(model), before)
+
+
+@pytest.mark.parametrize('file', ['net.pth', 'net.safetensors'])
+def test_a_file_that_may_not_be_opened_is_not_called_damaged(file, tmp_path, monkeypatch):
+    path, net = tmp_path/file, digit_student()
+    torch.save(net.state_dict(), path) if path.suffix == '.pth' else save_weights(net, path)
+    def refused(*args, **kwargs): raise PermissionError(13, 'Permission denied', str(path))
+    monkeypatch.setattr('builtins.open', refused)
+    with pytest.raises(ValueError, match=f"'.*{file}' cannot be read: Permission denied[.]$"): read_checkpoint(path)
+
+
+def test_a_stored_file_without_tables_fits_no_network():
+    with pytest.raises(ValueError, match='stored must be what read_checkpoint gives'):
+        fitting(Stored('nothing', {}, {}, {}), digit_student())

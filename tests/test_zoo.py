@@ -1,6 +1,7 @@
 "The zoo: every name builds, weights find their classes, and one function opens them all."
 import json, math, sys
 
+import numpy as np
 import pytest, torch
 from distill_nb.files import fingerprint, read_weights, save_weights, stored_classes
 from distill_nb.data import ImageData
@@ -9,6 +10,7 @@ from distill_nb.training import Teacher, predict
 from distill_nb.weights import read_checkpoint
 from distill_nb.zoo import (brings_weights, build_model, load_weights, model_names, open_model, opened, package_says)
 from networks import bits, same
+from safetensors.torch import save
 from torch import nn
 
 NAMES = ['cat', 'dog', 'owl', 'eel', 'ant']
@@ -507,13 +509,26 @@ def test_a_students_file_opens_by_itself(tmp_path):
 
 
 @pytest.mark.parametrize('facts,said', [
-    (dict(size='x'), "the size that '.*w.safetensors' names must be a number of at least 1, but is 'x'"),
+    (dict(size='x'), "the size that '.*w.safetensors' names must be a number from 1 to 10,000, but is 'x'"),
+    (dict(size=10**12), "the size that '.*w.safetensors' names"), (dict(channels='9'*999), 'the channels that '),
+    (dict(crop=5), "the crop that '.*w.safetensors' names must be a number from 0.01 to 1, but is '5'"),
+    (dict(crop='nan'), 'the crop that '), (dict(crop=0), 'the crop that '), (dict(valid_items='[]'), 'the valid_items'),
+    (dict(valid_loss='inf'), 'the valid_loss that '), (dict(valid_accuracy='[0.9]'), 'the valid_accuracy that '),
+    (dict(mean='['*100_000), "'.*w.safetensors' names a normalisation"), (dict(std='[NaN]'), 'names a normalisation'),
+    (dict(std='[0]'), 'names a normalisation'), (dict(mean='["0.3"]'), 'names a normalisation'),
+    (dict(mean='[1e999]'), 'names a normalisation'), (dict(mean='{"0.3": 1}'), 'names a normalisation'),
+    (dict(classes='['*100_000), "The metadata 'classes' of '.*w.safetensors'"),
+    (dict(architecture=''), "'.*w.safetensors' names its architecture: There is no model ''"),
+    (dict(architecture='x'*5000), "'.*w.safetensors' names its architecture"),
+    (dict(architecture='wrn_99999999999_2'), 'depth must be'),
     (dict(channels=0), 'the channels that '), (dict(valid_accuracy='nan'), 'the valid_accuracy that '),
     (dict(mean=[0.3, 0.4]), 'names a normalisation that is not one for 1 channels'),
     (dict(architecture='resnet21'), "no model 'resnet21'"),
     (dict(architecture='resnet20'), 'does not hold weights of this model')])
 def test_facts_that_make_no_sense_are_refused_with_their_file(facts, said, tmp_path):
-    save_weights(digit_student(5), tmp_path/'w.safetensors', classes=NAMES, **FACTS | facts)
+    tensors = digit_student(5).state_dict()
+    facts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (FACTS | dict(classes=NAMES) | facts).items()}
+    (tmp_path/'w.safetensors').write_bytes(save(tensors, facts))
     with pytest.raises(ValueError, match=said): open_model(tmp_path/'w.safetensors')
 
 
@@ -661,7 +676,7 @@ def test_weights_are_loaded_into_a_network_or_a_teachers(tmp_path):
     net, path, teacher = digit_student(5), tmp_path/'w.safetensors', Teacher(digit_student(5))
     save_weights(net, path)
     assert load_weights(teacher, path) is teacher and same(bits(teacher.model), bits(net))
-    with pytest.raises(ValueError, match=r"model must be a network \(nn.Module\); open_model.* but is 'resnet18'"):
+    with pytest.raises(ValueError, match=r"model must be a network .*, but is 'resnet18'[.] Open a name"):
         load_weights('resnet18', path)
 
 
@@ -702,6 +717,16 @@ def changed(file, **more):
     (changed('preprocessor_config.json', image_std=[0, .5, .5]), "config.json of 'hf:FOLDER' must be finite"),
     (changed('preprocessor_config.json', image_std=[.5, .5]), "preprocessor_config.json of 'hf:FOLDER', or its sizes"),
     (changed('preprocessor_config.json', image_std='x'), "preprocessor_config.json of 'hf:FOLDER', or its sizes"),
+    (changed('config.json', num_labels=10**12), "num_labels in 'FOLDER/config.json' must be numbers from 1 to"),
+    (changed('config.json', image_size=10**9), "image_size in 'FOLDER/config.json' must be numbers"),
+    (changed('config.json', image_size=[32, float('nan')]), "image_size in 'FOLDER/config.json' must be numbers"),
+    (changed('config.json', num_channels='x'), "num_channels in 'FOLDER/config.json' must be numbers"),
+    (changed('config.json', num_hidden_layers=10**9), "num_hidden_layers in 'FOLDER/config.json' must be numbers"),
+    (changed('config.json', hidden_size='x'), "config.json of 'hf:FOLDER'"),
+    (changed('config.json', id2label={'0': 'a', '5': 'b'}), "id2label in config.json of 'hf:FOLDER' must be a name"),
+    (changed('config.json', id2label=[1, 2]), "config.json of 'hf:FOLDER' cannot be read"),
+    (changed('preprocessor_config.json', size=dict(height=10**9, width=10**9)), "size in 'FOLDER/preprocessor_config"),
+    (lambda f: (f/'config.json').write_text('[' * 100_000), "config.json of 'hf:FOLDER' cannot be read"),
     (changed('config.json', model_type='bert'), "'hf:FOLDER' is a Bert, which sorts no images into classes."),
     (changed('config.json', model_type='mine', auto_map={'AutoConfig': 'x.C'}), 'wants code of its own, which is')])
 def test_what_is_wrong_with_a_folder_is_said_with_its_file(damage, said, tmp_path, capsys):
@@ -771,3 +796,10 @@ def test_a_name_that_is_none_is_named_before_its_classes(tmp_path, monkeypatch):
     (tmp_path/'checkpoint-90').mkdir()
     with pytest.raises(ValueError, match="There is no model 'resnet18x'"): open_model('resnet18x')
     with pytest.raises(ValueError, match='say hf:checkpoint-90'): open_model('checkpoint-90')
+
+
+def test_numbers_and_names_from_numpy():
+    made = open_model('digit_student', classes=np.int64(7), channels=np.int64(1), size=np.int64(8))
+    assert made.model(torch.zeros(2, 1, 8, 8)).shape == (2, 7) and type(made.size) is int
+    assert build_model('resnet8', np.int64(7), np.int64(3), np.int64(32))(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert open_model('digit_student', classes=np.array(['cat', 'dog']), channels=1).classes == ['cat', 'dog']
