@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .doors import guard, must, number, reason, whole
+from .doors import guard, must, number, plain, reason, whole
 from .files import free_bytes, progress_bar
 from .losses import TopK, check_temperature, top_k
 from .data import Batch, Data, mix
@@ -260,10 +260,6 @@ def _folder(path):
                          f'{str(path)!r:.200}: {why}.') from e
     return folder
 
-def _plain(value):
-    "A number of NumPy as one of Python, which JSON can hold."
-    return value.item() if isinstance(value, np.generic) else value
-
 # %% ../nbs/06_cache.ipynb #b74520b0
 class CachedTeacher(Teacher):
     "A teacher that is asked once for each view of each item, and quotes itself from then on."
@@ -302,7 +298,7 @@ def _begin(self:CachedTeacher, dtype, top, temperature):
     one = torch.zeros(1, dtype=torch.long, device=self.data.device)
     y = self.data.get(one, one).y
     lead = tuple(y.shape[1:-1] if y.is_floating_point() else y.shape[1:])
-    form = (_plain(value) for value in (dtype, top, temperature))
+    form = (plain(value) for value in (dtype, top, temperature))
     self.form = _Form(len(self.data.classes), *form, lead)
     self._check_room()
 

@@ -208,9 +208,12 @@ class _Several(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), *values])
 
-def _leave_out(parser, action):
-    parser._remove_action(action)
+def _spell(parser, action):
+    "Write an option as its parameter, in every version of fastcore; leave out what is fastcore's."
     for option in action.option_strings: del parser._option_string_actions[option]
+    if action.dest in ('pdb', 'xtra'): return parser._remove_action(action)
+    action.option_strings, action.metavar = [f'--{action.dest}'], None
+    parser._option_string_actions[f'--{action.dest}'] = action
 
 def _take_several(action): action.__class__, action.nargs, action.type = _Several, '+', str
 
@@ -224,8 +227,9 @@ def command_parser(
     width = min(85, shutil.get_terminal_size().columns)
     parser.formatter_class = partial(argparse.HelpFormatter, width=width, max_help_position=24)
     for action in [*parser._actions]:
-        if action.dest in ('pdb', 'xtra'): _leave_out(parser, action)  # of fastcore
-        if not action.option_strings: action.nargs = '+'  # what has no name may be several
+        if action.dest == 'help': continue
+        if action.option_strings: _spell(parser, action)
+        else: action.nargs = '+'  # what has no name may be several
         if action.type is list: _take_several(action)
     parser.error = lambda message: parser.exit(_say(parser.prog, message) or 2)
     return parser

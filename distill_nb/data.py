@@ -20,7 +20,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 
-from .doors import guard, must, number, plain, reason, whole
+from .doors import guard, must, number, plain, plain_fields, reason, whole
 from .losses import UNLABELLED, check_rows
 
 # %% ../nbs/02_data.ipynb #0ad28a7a
@@ -52,10 +52,6 @@ def _int64(name, values):
     ok = t is not None and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
     must(ok, name, values if t is None else t.dtype, 'whole numbers')
     return t.long()
-
-def _plain_fields(self):
-    "Make numbers of NumPy in a frozen dataclass Python's own."
-    for f in fields(self): object.__setattr__(self, f.name, plain(getattr(self, f.name)))
 
 # %% ../nbs/02_data.ipynb #d2d0000e
 def _integers(name, values, least=None, most=None):
@@ -125,7 +121,7 @@ class CropFlip:
     flip: bool = False  # Mirrored views as well?
 
     def __post_init__(self):
-        _plain_fields(self)
+        plain_fields(self)
         whole('pad', self.pad, 0, 1000)
 
     @property
@@ -248,7 +244,7 @@ class ResizedCrop:
     n = 2**31 - 1  # numbers that can be asked for
 
     def __post_init__(self):
-        _plain_fields(self)
+        plain_fields(self)
         check_size(self.size)
         for name, most in (('scale', 1), ('ratio', 100)):
             pair = tuple(map(plain, getattr(self, name)))
@@ -558,7 +554,7 @@ def _check_channels(name, values):
 @patch
 def _check(self:Sight):
     "Refuse what no images could be seen with."
-    _plain_fields(self)
+    plain_fields(self)
     _check_augment(self.augment)
     if self.size is not None: check_size(self.size)
     must(0 < number(self.crop) <= 1, 'crop', self.crop, 'greater than 0 and at most 1')

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .doors import different_names, guard, must, reason
+from .doors import different_names, guard, must, plain, reason
 
 # %% ../nbs/files.ipynb #f2f5de14
 class _Line:
@@ -122,7 +122,7 @@ def fingerprint(
 def _told(value):
     "A value as text that is the same in every process; of what has no such text, the type."
     if isinstance(value, types.CodeType): return value.co_code.hex() + str(value.co_names)
-    said = repr(value)
+    said = repr(plain(value))
     return type(value).__name__ if ' at 0x' in said else said
 
 def _state(f):

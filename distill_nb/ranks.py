@@ -7,6 +7,7 @@ __all__ = ['world', 'meet', 'from_first', 'from_each', 'same_tensors', 'gathered
 
 # %% ../nbs/ranks.ipynb #a2a00006
 import atexit, math, os, pickle, secrets, selectors, socket, sys, threading, time, warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -38,10 +39,9 @@ def _part():
 
 # %% ../nbs/ranks.ipynb #a2a0000f
 def from_first(
-    make, # Function without arguments; called in the first rank alone
+    make:Callable, # Function without arguments; called in the first rank alone
 ): # What it returns, in every rank
     "What rank 0 makes, in every rank; where it fails, every rank fails alike."
-    must(callable(make), 'make', make, 'a function')
     rank, size = world()
     if size == 1: return make()
     found = [None, None]
@@ -269,6 +269,7 @@ def line(self:_Watch):
 
 @patch
 def tell(self:_Watch):
+    "Print it."
     print(f'{self.line()}\n', end='', file=sys.stderr, flush=True)  # in one piece
 
 # %% ../nbs/ranks.ipynb #a2a0010b

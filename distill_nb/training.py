@@ -23,7 +23,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .doors import different_names, guard, must, number, plain, reason, whole
+from .doors import (different_names, guard, must, number, plain, plain_fields,
+                              reason, whole)
 from .files import (fingerprint, free_bytes, from_json, function_name, locked,
                               progress_bar, read_weights, write_atomic)
 from .ranks import agreed, from_each, from_first, gathered, same_tensors, watched, world
@@ -102,7 +103,7 @@ def _numbers(name, values, above=-math.inf):
 
 def _no_objective(model):
     "Refuse what maps batches to losses where a network is wanted."
-    if any(c.__name__ == 'Objective' for c in type(model).__mro__):  # defined further below
+    if getattr(model, 'of_batches', False):  # as an Objective, below
         raise ValueError('model must be a network, but is the objective '
                          f'{type(model).__name__}. Give its .model.')
 
@@ -527,7 +528,7 @@ def read(self:Checkpoint)->tuple: # Tensors by name, and the rest
 class _Checked:
     "Is checked when it is made; numbers of NumPy are kept as Python's own."
     def __post_init__(self):
-        for name, value in list(vars(self).items()): object.__setattr__(self, name, plain(value))
+        plain_fields(self)
         self.check()
 
 # %% ../nbs/04_training.ipynb #9b11eba4
@@ -560,20 +561,20 @@ _STEPS, _ITEMS = 10**9, 2**24  # the longest run, and the largest batch
 
 def _whole(value): return isinstance(value, int) and not isinstance(value, bool)
 def _counts(value, most=math.inf): return _whole(value) and 0 < value <= most
-def _plain(value): return number(value) if isinstance(value, (int, float)) else math.nan
+def _in_json(value): return number(value) if isinstance(value, (int, float)) else math.nan
 
 # %% ../nbs/04_training.ipynb #c41d5f20
 @patch
 def check(self:Recipe):
     "Raise a `ValueError` that names the first field that makes no sense."
     share, not_less = 'at least 0 and less than 1', 'a finite number of at least 0'
-    must(0 < _plain(self.epochs) <= _STEPS, 'epochs', self.epochs,
+    must(0 < _in_json(self.epochs) <= _STEPS, 'epochs', self.epochs,
          f'a number greater than 0 and at most {_STEPS:,}')
-    must(0 < _plain(self.lr) < math.inf, 'lr', self.lr, 'a finite number greater than 0')
-    must(0 <= _plain(self.momentum) < 1, 'momentum', self.momentum, share)
-    must(0 <= _plain(self.warmup) < 1, 'warmup', self.warmup, share)
-    must(0 <= _plain(self.weight_decay) < math.inf, 'weight_decay', self.weight_decay, not_less)
-    must(self.clip is None or _plain(self.clip) > 0, 'clip', self.clip, 'greater than 0, or None')
+    must(0 < _in_json(self.lr) < math.inf, 'lr', self.lr, 'a finite number greater than 0')
+    must(0 <= _in_json(self.momentum) < 1, 'momentum', self.momentum, share)
+    must(0 <= _in_json(self.warmup) < 1, 'warmup', self.warmup, share)
+    must(0 <= _in_json(self.weight_decay) < math.inf, 'weight_decay', self.weight_decay, not_less)
+    must(self.clip is None or _in_json(self.clip) > 0, 'clip', self.clip, 'greater than 0, or None')
     must(isinstance(self.augment, bool), 'augment', self.augment, 'True or False')
     must(_whole(self.seed), 'seed', self.seed, 'a whole number')
     self._check_counts()
@@ -730,6 +731,8 @@ def heads(
 # %% ../nbs/04_training.ipynb #54668ac6
 class Objective(nn.Module):
     "Maps a `Batch` to named losses. Subclass it and write `forward(batch)`."
+    of_batches = True  # it can't be asked as a network is
+
     def __init__(self,
         model:nn.Module, # What is trained to be used: maps inputs to logits (B, ..., C)
     ):
@@ -1014,10 +1017,10 @@ class Setup:
     log: object = None            # Function that is called with every row, or a tracker
 
     def __post_init__(self):
+        plain_fields(self)
         path = self.folder is None or isinstance(self.folder, (str, Path)) and self.folder != ''
         must(path, 'folder', self.folder, 'a path, or None')
         for name in ('resume', 'progress', 'compile'):
-            object.__setattr__(self, name, plain(getattr(self, name)))
             must(isinstance(getattr(self, name), bool), name, getattr(self, name), 'True or False')
         must(number(self.save_every) >= 0, 'save_every', self.save_every, 'a number of at least 0')
         must(self.log is None or callable(self.log), 'log', self.log, 'a function, or None')
@@ -1557,8 +1560,9 @@ def describe(
     parts = [repr(objective)]
     parts += [m.fingerprint() for m in objective.modules() if hasattr(m, 'fingerprint')]
     for m in objective.modules():  # settings that repr may not show
-        plain = {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, tuple))}
-        settings = [(k, v) for k, v in plain.items() if k[0] != '_' and k != 'training']
+        known = {k: plain(v) for k, v in vars(m).items()}
+        settings = [(k, v) for k, v in known.items() if isinstance(v, (int, float, str, tuple))
+                    and k[0] != '_' and k != 'training']
         parts.append(str(sorted(settings)))
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
 
@@ -1722,6 +1726,7 @@ def _is_history(kept, step):
     "Are these the fields of a History after so many steps?"
     try: h = History(**kept)
     except (TypeError, ValueError): return False
+    if not {'rows', 'seconds', 'environment'} <= kept.keys(): return False
     m = h.measure
     names = m is None or isinstance(m.name, str) and {type(m.higher), type(m.share)} == {bool}
     rows = isinstance(h.rows, list) and all(

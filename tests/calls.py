@@ -11,6 +11,7 @@ and values of that kind that are empty, negative, huge, NaN, of another shape, o
     silent    a value of the wrong kind that was taken
     unclear   another error, or one that does not name the parameter
     endless   it took more than a second of the processor, or five of the clock
+    leaves    it was refused, but there are files that were not there before
     uncalled  there is no good call to change: add what is missing to GOOD
 """
 import argparse, contextlib, importlib, inspect, io, os, random, re, resource, signal, sys, tempfile, time, types
@@ -677,9 +678,15 @@ def draw(module, share=1., seed=0):
             if chosen.random() >= share: continue
             try: given, target = _good(name, f) | {key: value}, _bound(name, f)
             except LookupError: continue
+            before = _files()
             outcome, said = _outcome(lambda: _called(target, given), _names(f, value), fits)
+            left = sorted(_files() - before)
+            if outcome == 'clear' and left: outcome, said = 'leaves', f'{left[:3]} {said}'
             if outcome in ('silent', 'unclear') and (name, key) in LEGITIMATE: outcome = 'accepted'
             yield name, key, f'{what}: {_shown(value)}', outcome, said
+
+
+def _files(): return {str(p) for p in Path().rglob('*')}
 
 
 def _names(f, value):

@@ -1,5 +1,5 @@
 """The command from end to end, and what it says when something is wrong."""
-import json, os, re, signal, subprocess, sys, time
+import inspect, json, os, re, signal, subprocess, sys, time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -747,6 +747,34 @@ def test_images_are_one_or_several(capsys):
     parser = command_parser(distill_nb_predict)
     assert parser.parse_args(['a', 'b', '--top', '2']).images == ['a', 'b']
     assert parser.parse_args(['a']).images == ['a']
+
+
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_predict, distill_nb_data_free, distill_nb_bench])
+def test_options_are_spelled_as_parameters_in_every_version_of_fastcore(job, monkeypatch):
+    "fastcore 2 writes --teacher-epochs, and (float) behind it."
+    make = cli.anno_parser
+    def newer(*args, **kwargs):
+        parser = make(*args, **kwargs)
+        for action in parser._actions:
+            for option in list(action.option_strings): del parser._option_string_actions[option]
+            action.option_strings = [option.replace('_', '-') for option in action.option_strings]
+            parser._option_string_actions |= {option: action for option in action.option_strings}
+            if action.nargs != 0: action.metavar = '(kind)'
+        return parser
+    usual = cli.command_parser(job).format_help()
+    monkeypatch.setattr(cli, 'anno_parser', newer)
+    parser = cli.command_parser(job)
+    assert parser.format_help().replace('(kind)', 'images') == usual
+    own = {option for action in parser._actions for option in action.option_strings}
+    assert own == {f'--{name}' for name in inspect.signature(job).parameters if name != 'images'} | {'-h', '--help'}
+
+
+def test_the_command_runs_where_the_notebooks_run():
+    "In .ci/run that is an environment with the newest versions of all that the package needs, and nothing else."
+    python = os.environ.get('NOTEBOOK_PYTHON', sys.executable)
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} if 'NOTEBOOK_PYTHON' in os.environ else None
+    p = subprocess.run([python, '-m', 'distill_nb', '--teacher_epochs', 'nan'], capture_output=True, text=True, env=env)
+    assert p.returncode == 2 and p.stderr.startswith('distill_nb: teacher_epochs must be a number'), p.stderr
 
 
 @pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench])

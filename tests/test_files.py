@@ -2,6 +2,7 @@
 import builtins, errno, json, math, os, signal, subprocess, sys
 from functools import partial
 
+import numpy as np
 import pytest, torch
 from distill_nb.doors import must, number, reason, whole
 from distill_nb.files import (fingerprint, from_json, function_name, locked, pack_weights, read_weights, save_weights,
@@ -206,6 +207,10 @@ def test_functions_are_told_apart_by_what_they_do_and_named_alike_in_every_proce
             'print([function_name(f) for f in ({})])').format(os.path.dirname(__file__), ', '.join(calls))
     said = [subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout for _ in range(2)]
     assert said[0] == said[1] and len(set(eval(said[0]))) == len(calls)
+
+
+def test_a_setting_that_numpy_made_is_named_as_any_other():
+    assert function_name(partial(pow, np.float64(2))) == function_name(partial(pow, 2.))
 
 
 def test_nothing_is_not_saved(tmp_path):

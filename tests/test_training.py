@@ -16,8 +16,9 @@ from distill_nb.files import fingerprint
 from distill_nb.losses import UNLABELLED, DistillationLoss
 from distill_nb.data import CropFlip, Data, ImageData, Measure, Measured, ResizedCrop, digits
 from distill_nb.models import digit_student, digit_teacher, evaluating, resnet8
-from distill_nb.training import (Checkpoint, DivergedError, History, Objective, Recipe, Run, Setup, Supervised, Teacher,
-                                 check_classes, evaluate, fit, fit_device, logits_of, plot_curves, predict, scheduled)
+from distill_nb.training import (Checkpoint, DivergedError, History, Objective, Recipe, Run, Setup, Supervised,
+                                 Teacher, check_classes, describe, evaluate, fit, fit_device, logits_of, plot_curves,
+                                 predict, scheduled)
 from processes import alone_and_together, ended, machines
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
@@ -472,6 +473,8 @@ def test_what_is_no_network_is_told_so():
     for call in (Supervised, Teacher, lambda m: evaluate(m, images()), lambda m: predict(m, images())):
         with pytest.raises(ValueError, match='^model must be a network, but is the objective Supervised. Give its '):
             call(objective)
+    class Objective(nn.Sequential): pass  # a network by that name is one
+    Supervised(Objective(*net()))
 
 
 def test_data_of_another_form_are_refused_where_they_have_only_one():
@@ -553,6 +556,11 @@ def test_numbers_of_numpy_are_kept_as_pythons_own(tmp_path):
     assert json.dumps(teacher.contract) == json.dumps(by_hand.contract)
     assert teacher.fingerprint() == by_hand.fingerprint()
     assert evaluate(model, images(), np.int64(8)) == evaluate(model, images(), 8)
+    objective = Supervised(model)
+    def marks(share):
+        objective.share = share
+        return describe(objective)
+    assert marks(0.5) == marks(np.float64(0.5)) == marks(np.float32(0.5)) != marks(np.float32(0.25))
     assert torch.equal(predict(model, images(), batch_size=np.int64(8)), predict(model, images(), 8))
 
 
@@ -1450,7 +1458,7 @@ def go_on(folder, objective=None):
 
 FIELDS = {
     'step': [20.5, '20', None, -1, 41, True], 'done': [None, 'yes', 1], 'scaler': [3, [], {'scale': 'large'}],
-    'history': [None, [], {'rows': {}}, {'rows': [3]}, {'rows': [{}]}, {'rows': [{'step': 41}]}, {'more': 1},
+    'history': [None, [], {}, {'rows': {}}, {'rows': [3]}, {'rows': [{}]}, {'rows': [{'step': 41}]}, {'more': 1},
                 {'rows': [{'step': 2, 'lr': 'x'}]}, {'seconds': 'long'}, {'measure': 5}, {'measure': [1, 2, 3]},
                 {'environment': 3}, {'losses': {'soft': [1.]}}, {'losses': ['soft']}],
     'losses': [None, 'soft', [3], ['lost'], [['soft']]]}
@@ -1458,7 +1466,10 @@ FIELDS = {
 
 @pytest.mark.parametrize('name, value', [(name, value) for name, values in FIELDS.items() for value in values])
 def test_a_field_of_a_checkpoint_that_was_edited_is_refused_by_name(half, name, value):
-    edited(half, lambda tensors, meta: meta.update({name: value}))
+    def edit(tensors, meta):  # of a history some fields, unless they are left out altogether
+        whole = name == 'history' and isinstance(value, dict) and value
+        meta[name] = meta[name] | value if whole else value
+    edited(half, edit)
     objective = Distilling(net(seed=3), net(seed=1))
     before = weights(objective)
     with pytest.raises(ValueError, match=f'^{name} in .*checkpoint.safetensors.* must be .*, but is'):
