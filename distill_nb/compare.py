@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from .doors import guard, must, plain, whole
 from .files import fingerprint, progress_bar
-from .losses import check_logits
-from .data import Data, Measure, check_data
-from .training import (DivergedError, Recipe, evaluate, fit, fit_device, placed,
-                                 setup_of)
+from .rows import check_logits
+from .protocol import Data, Measure, check_data
+from .devices import fit_device
+from .contract import placed
+from .training import DivergedError, Recipe, evaluate, fit, setup_of
 
 # %% ../nbs/compare.ipynb #6a2890fc
 def interval(

@@ -21,9 +21,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .doors import guard, must, number, plain, reason, whole
-from .losses import UNLABELLED
-from .data import (CropFlip, ImageData, ResizedCrop, Sight, Splits, channel_stats,
-                             check_size, judged_alike, stratified)
+from .rows import UNLABELLED
+from .views import CropFlip, ResizedCrop, check_size
+from .data import ImageData, Sight, Splits, channel_stats, judged_alike, stratified
 from .images import (CLOSED, HIDDEN, IMAGE_SUFFIXES, SUFFIX, Form, check_paths, damage,
                                is_hidden, is_path, list_images, read_image)
 from .scans import check_bytes, noted, scan

@@ -19,9 +19,13 @@ from fastcore.basics import patch
 from .doors import guard, must, whole
 from .files import from_json, locked, naming, progress_bar, write_atomic
 from .weights import read_checkpoint
-from .data import UNLABELLED, ImageData
+from .rows import UNLABELLED
+from .data import ImageData
 from .images import Form, Seen, check_paths, damage, image_files, read_images
-from .training import Teacher, check_answers, check_classes, device_of, predict
+from .devices import device_of
+from .contract import Teacher, check_answers
+from .students import check_classes
+from .training import predict
 from .zoo import opened
 
 # %% ../nbs/inference.ipynb #0a5b6c09

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet8x4', 'resnet32x4',
            'wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2', 'resnet18', 'resnet34', 'resnet50', 'conv_bn_relu',
-           'digit_student', 'digit_teacher', 'BasicBlock', 'CifarResNet', 'PreActBlock', 'WideResNet',
-           'imagenet_weights', 'head_name', 'stem_name', 'checked_state', 'transfer_weights', 'torchvision_resnet',
-           'count_macs', 'measure_latency', 'ModelCost', 'evaluating', 'profile_model', 'human', 'cost_rows']
+           'digit_student', 'digit_teacher', 'BasicBlock', 'CifarResNet', 'PreActBlock', 'WideResNet', 'count_macs',
+           'measure_latency', 'ModelCost', 'evaluating', 'profile_model', 'imagenet_weights', 'head_name', 'stem_name',
+           'checked_state', 'transfer_weights', 'torchvision_resnet', 'human', 'cost_rows']
 
 # %% ../nbs/03_models.ipynb #794a010f
 import copy, math, re, statistics, time
@@ -179,6 +179,102 @@ class WideResNet(_StagedNet):
 wrn_16_1, wrn_16_2 = partial(WideResNet, 16, 1), partial(WideResNet, 16, 2)
 wrn_40_1, wrn_40_2 = partial(WideResNet, 40, 1), partial(WideResNet, 40, 2)
 
+# %% ../nbs/03_models.ipynb #d3d00004
+@contextmanager
+def _suiting(x):
+    "Within it a network that fails for this input is a sentence"
+    try: yield
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as e:
+        what = f'x holds {x.dtype} of shape {tuple(x.shape[1:])}, which does not suit the model'
+        raise ValueError(f'{what}: {reason(e)}') from e
+
+# %% ../nbs/03_models.ipynb #218ec691
+def count_macs(
+    model:nn.Module, # Network
+    x:Tensor,        # One image, shape (1, channels, H, W)
+) -> int:
+    "Multiply-accumulate operations of all convolutions, matrix products and attention"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # many fused kernels hide from the counter
+    try:
+        with _suiting(x), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(x)
+    finally: torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() // 2
+
+# %% ../nbs/03_models.ipynb #cce8df57
+def measure_latency(
+    model:nn.Module, # Network in eval mode
+    x:Tensor,        # Input
+    repeats:int=20,  # Calls that count
+    warmup:int=5,    # Calls before them
+) -> float:          # Milliseconds
+    "The median time of one call"
+    whole('repeats', repeats, 1, 10_000)
+    whole('warmup', warmup, 0, 10_000)
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    times = []
+    with _suiting(x):
+        for _ in range(warmup + repeats):
+            wait(); start = time.perf_counter()
+            model(x)
+            wait(); times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[warmup:])
+
+# %% ../nbs/03_models.ipynb #895d01b7
+class ModelCost(NamedTuple):
+    "What a model costs"
+    parameters:int    # Numbers that are learnt
+    macs:int          # Multiply-accumulate operations for one image
+    bytes:int         # Size of the file that save_weights writes
+    latency_ms:float  # Milliseconds for one image
+
+# %% ../nbs/03_models.ipynb #0065230d
+@contextmanager
+def evaluating(
+    model:nn.Module, # Put into eval mode inside; every submodule gets its own mode back afterwards
+):
+    "Evaluate `model` inside the `with` block, without gradients, and leave its mode as it was."
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(): yield model
+    finally:
+        for m, mode in modes: m.training = mode
+
+# %% ../nbs/03_models.ipynb #d3d00006
+def _check_shape(shape):
+    "Refuse what is no shape of an image that fits into memory"
+    for n in shape: whole('each number in shape', n)
+    must(0 < math.prod(shape) <= 2**28, 'shape', shape, 'that of an image of at most 2^28 numbers')
+
+def _place(device):
+    "A device that is there"
+    try: return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'device must be one that is there, but is {device!r}: {reason(e)}') from e
+
+# %% ../nbs/03_models.ipynb #c54a6e4d
+def profile_model(
+    model:nn.Module,         # Network; it is left as it was found
+    shape:tuple=(3, 32, 32), # Shape of one image
+    device:torch.device|None=None, # Where to measure; None: where the network is
+    repeats:int=20,          # Calls that are timed
+) -> ModelCost:
+    "Parameters, MACs, bytes and latency of `model` for one image"
+    p = next(model.parameters(), None)
+    must(p is not None, 'model', model, 'a network with parameters; of a Teacher give .model')
+    _check_shape(shape)
+    device = p.device if device is None else _place(device)
+    with evaluating(model):
+        there = model if device == p.device else copy.deepcopy(model).to(device)
+        x = torch.zeros(1, *shape, dtype=p.dtype, device=device)
+        macs, latency_ms = count_macs(there, x), measure_latency(there, x, repeats)
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelCost(parameters, macs, len(pack_weights(model)), latency_ms)
+
 # %% ../nbs/03_models.ipynb #c7e1ea22
 _renamed = {r'(denselayer\d+\.(?:norm|conv))\.(\d)\.': r'\1\2.',
             r'\.mlp\.linear_1\.': '.mlp.0.', r'\.mlp\.linear_2\.': '.mlp.3.'}
@@ -313,6 +409,16 @@ def transfer_weights(
     model.load_state_dict(checked_state(model, tensors, source))
     return changed
 
+# %% ../nbs/03_models.ipynb #c0044628
+def _set_stem(model, channels, stem):
+    "Give a ResNet of torchvision the stem for its images, and ReLUs that do not work in place"
+    if stem == 'cifar': model.conv1, model.maxpool = _conv(channels, 64), nn.Identity()
+    elif channels != 3: model.conv1 = _conv(channels, 64, 7, 2)
+    nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
+    for m in model.modules():
+        if isinstance(m, nn.ReLU): m.inplace = False
+    return model
+
 # %% ../nbs/03_models.ipynb #538a5c78
 def torchvision_resnet(
     name:str,             # 'resnet18', 'resnet34' or 'resnet50'
@@ -338,112 +444,6 @@ def torchvision_resnet(
 # %% ../nbs/03_models.ipynb #da49d017
 resnet18, resnet34, resnet50 = [
     partial(torchvision_resnet, name) for name in ('resnet18', 'resnet34', 'resnet50')]
-
-# %% ../nbs/03_models.ipynb #c0044628
-def _set_stem(model, channels, stem):
-    "Give a ResNet of torchvision the stem for its images, and ReLUs that do not work in place"
-    if stem == 'cifar': model.conv1, model.maxpool = _conv(channels, 64), nn.Identity()
-    elif channels != 3: model.conv1 = _conv(channels, 64, 7, 2)
-    nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
-    for m in model.modules():
-        if isinstance(m, nn.ReLU): m.inplace = False
-    return model
-
-# %% ../nbs/03_models.ipynb #d3d00004
-@contextmanager
-def _suiting(x):
-    "Within it a network that fails for this input is a sentence"
-    try: yield
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as e:
-        what = f'x holds {x.dtype} of shape {tuple(x.shape[1:])}, which does not suit the model'
-        raise ValueError(f'{what}: {reason(e)}') from e
-
-# %% ../nbs/03_models.ipynb #218ec691
-def count_macs(
-    model:nn.Module, # Network
-    x:Tensor,        # One image, shape (1, channels, H, W)
-) -> int:
-    "Multiply-accumulate operations of all convolutions, matrix products and attention"
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # many fused kernels hide from the counter
-    try:
-        with _suiting(x), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(x)
-    finally: torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() // 2
-
-# %% ../nbs/03_models.ipynb #cce8df57
-def measure_latency(
-    model:nn.Module, # Network in eval mode
-    x:Tensor,        # Input
-    repeats:int=20,  # Calls that count
-    warmup:int=5,    # Calls before them
-) -> float:          # Milliseconds
-    "The median time of one call"
-    whole('repeats', repeats, 1, 10_000)
-    whole('warmup', warmup, 0, 10_000)
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
-    times = []
-    with _suiting(x):
-        for _ in range(warmup + repeats):
-            wait(); start = time.perf_counter()
-            model(x)
-            wait(); times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[warmup:])
-
-# %% ../nbs/03_models.ipynb #895d01b7
-class ModelCost(NamedTuple):
-    "What a model costs"
-    parameters:int    # Numbers that are learnt
-    macs:int          # Multiply-accumulate operations for one image
-    bytes:int         # Size of the file that save_weights writes
-    latency_ms:float  # Milliseconds for one image
-
-# %% ../nbs/03_models.ipynb #0065230d
-@contextmanager
-def evaluating(
-    model:nn.Module, # Put into eval mode inside; every submodule gets its own mode back afterwards
-):
-    "Evaluate `model` inside the `with` block, without gradients, and leave its mode as it was."
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(): yield model
-    finally:
-        for m, mode in modes: m.training = mode
-
-# %% ../nbs/03_models.ipynb #d3d00006
-def _check_shape(shape):
-    "Refuse what is no shape of an image that fits into memory"
-    for n in shape: whole('each number in shape', n)
-    must(0 < math.prod(shape) <= 2**28, 'shape', shape, 'that of an image of at most 2^28 numbers')
-
-def _place(device):
-    "A device that is there"
-    try: return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'device must be one that is there, but is {device!r}: {reason(e)}') from e
-
-# %% ../nbs/03_models.ipynb #c54a6e4d
-def profile_model(
-    model:nn.Module,         # Network; it is left as it was found
-    shape:tuple=(3, 32, 32), # Shape of one image
-    device:torch.device|None=None, # Where to measure; None: where the network is
-    repeats:int=20,          # Calls that are timed
-) -> ModelCost:
-    "Parameters, MACs, bytes and latency of `model` for one image"
-    p = next(model.parameters(), None)
-    must(p is not None, 'model', model, 'a network with parameters; of a Teacher give .model')
-    _check_shape(shape)
-    device = p.device if device is None else _place(device)
-    with evaluating(model):
-        there = model if device == p.device else copy.deepcopy(model).to(device)
-        x = torch.zeros(1, *shape, dtype=p.dtype, device=device)
-        macs, latency_ms = count_macs(there, x), measure_latency(there, x, repeats)
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelCost(parameters, macs, len(pack_weights(model)), latency_ms)
 
 # %% ../nbs/03_models.ipynb #efb5c73c
 def human(

@@ -16,8 +16,11 @@ from numbers import Real
 import torch
 
 from .doors import guard, must, whole
-from .data import Measure, Splits, check_splits, show_images
-from .training import History, environment, plot_curves
+from .views import show_images
+from .protocol import Measure
+from .data import Splits, check_splits
+from .devices import environment
+from .history import History, plot_curves
 from .compare import Comparison, Table, share_interval, table
 
 # %% ../nbs/report.ipynb #2ab0907b

@@ -22,17 +22,21 @@ from torch import nn
 from .doors import guard, must, whole
 from .files import free_bytes, from_json, locked, save_weights, write_atomic
 from .losses import DistillationLoss
-from .data import class_weights, few_labels, judged_alike
+from .protocol import class_weights
+from .data import few_labels, judged_alike
 from .folders import Reading, read_folder
 from .sets import _SETS, _archives, load_data
 from .models import human, profile_model
-from .training import (PRECISIONS, Recipe, Setup, Supervised, Teacher, evaluate, fit,
-                                 fit_device, logits_of, predict)
+from .devices import fit_device
+from .contract import Teacher
+from .students import logits_of
+from .training import PRECISIONS, Recipe, Setup, Supervised, evaluate, fit, predict
 from .tracking import tracker
 from .compare import Comparison, agreement, compare, share_interval
-from .logits import check_teacher
+from .exam import check_teacher
 from .cache import CachedTeacher
-from .data_free import DATA_FREE, WAYS, Pictures, bn_layers, distill_without_data
+from .inversion import bn_layers
+from .data_free import DATA_FREE, WAYS, Pictures, distill_without_data
 from .zoo import brings_weights, build_model, load_weights, opened
 from .teachers import make_teacher
 from .methods import METHODS, Task, choose_setting, contender, rehearse

@@ -17,7 +17,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .data import check_size, count_values
+from .views import check_size
+from .data import count_values
 from .doors import guard, must, number, reason
 from .files import free_bytes, progress_bar, write_atomic
 from .images import (Form, Seen, check_paths, each, header, is_path, picture_hash,

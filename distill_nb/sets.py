@@ -22,9 +22,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from .doors import guard, must, number, plain, reason, whole
 from .files import progress_bar
-from .losses import UNLABELLED
-from .data import (CropFlip, Data, ImageData, Sight, Splits, channel_stats,
-                             check_size, digits, judged_alike, stratified)
+from .rows import UNLABELLED
+from .views import CropFlip, check_size
+from .protocol import Data
+from .data import (ImageData, Sight, Splits, channel_stats, digits, judged_alike,
+                             stratified)
 from .images import Form, is_path, pixels_of, seen_of
 from .scans import check_bytes, form_of, looks, noted, shown_size
 from .folders import ImageFiles, check_reading, hold_out, image_folder, training_views

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .doors import guard, must, whole
-from .data import Data, Measure, Splits, check_data, check_splits
+from .protocol import Data, Measure, check_data
+from .data import Splits, check_splits
 from .weights import read_checkpoint
 from .models import head_name, transfer_weights
-from .training import Teacher, check_answers, predict
+from .contract import Teacher, check_answers
+from .training import predict
 from .compare import table
-from .logits import by_luck
+from .exam import by_luck
 from .zoo import Opened, build_model, opened
 
 # %% ../nbs/teachers.ipynb #ccef49b0

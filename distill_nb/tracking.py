@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .doors import guard, must, reason
 from .files import from_json, write_atomic
-from .training import apart
+from .devices import apart
 
 # %% ../nbs/tracking.ipynb #7ac0000d
 class Tracker:

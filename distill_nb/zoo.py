@@ -27,7 +27,7 @@ from .models import (WideResNet, checked_state, digit_student, digit_teacher, he
                                resnet32x4, resnet34, resnet44, resnet50, resnet56, resnet8,
                                resnet8x4, stem_name, transfer_weights, wrn_16_1, wrn_16_2,
                                wrn_40_1, wrn_40_2)
-from .training import Teacher, teacher_of
+from .contract import Teacher, teacher_of
 
 # %% ../nbs/zoo.ipynb #ce27b831
 _torchvision_resnets = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)

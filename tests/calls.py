@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small import Texts, images, net, write_folder, write_image
 from distill_nb import losses
 from distill_nb.compare import Comparison, Contender
-from distill_nb.data import Batch, Data, ImageData, Measure, Splits
+from distill_nb.protocol import Batch, Data, Measure
+from distill_nb.data import ImageData, Splits
 from distill_nb.doors import _Kind
 from distill_nb.features import FeatureDistill, Hint, Term
 from distill_nb.files import save_weights
@@ -47,7 +48,10 @@ from distill_nb.scans import looks, scan
 from distill_nb.sets import Items
 from distill_nb.teachers import Tried
 from distill_nb.tracking import Tracker
-from distill_nb.training import Checkpoint, History, Objective, Recipe, Setup, Supervised, Teacher, Heads
+from distill_nb.contract import Teacher
+from distill_nb.students import Heads
+from distill_nb.history import Checkpoint, History
+from distill_nb.training import Objective, Recipe, Setup, Supervised
 from distill_nb.weights import read_checkpoint
 
 SECONDS = 1  # of the processor, that a call may take
@@ -140,23 +144,33 @@ def saved():
 GOOD |= {'read_checkpoint.path': saved, 'fitting.stored': lambda: read_checkpoint(saved()), 'fitting.model': net}
 
 
+# rows
+GOOD |= {'check_weight.weight': lambda: 1., 'check_temperature.temperature': lambda: 4.}
+
+
 # losses
 def _top(): return losses.top_k(logits(1), 2)
 
 
-GOOD |= {'check_weight.weight': lambda: 1., 'check_temperature.temperature': lambda: 4.,
-         'DistillationLoss.parts.labels': GOOD['labels'],
+GOOD |= {'DistillationLoss.parts.labels': GOOD['labels'],
          'DistillationLoss.class_weights': lambda: torch.ones(3), 'collapse.teacher': _top}
-GOOD |= {f'{f}.weight': GOOD['weight'] for f in ('kd_loss', 'hard_loss', 'reverse_kl_loss', 'jsd_loss', 'dkd_loss',
-                                                 'dist_loss', 'DistillationLoss')}
+GOOD |= {f'{f}.weight': GOOD['weight'] for f in ('kd_loss', 'hard_loss', 'DistillationLoss')}
 INSTANCES |= {'DistillationLoss': lambda: losses.DistillationLoss()}
 
 
-# theory
-GOOD |= {'plot_bars.panels': lambda: {'a': [1., 2.]}, 'plot_bars.ticks': lambda: ['x', 'y'],
+# successors
+GOOD |= {f'{f}.weight': GOOD['weight'] for f in ('reverse_kl_loss', 'jsd_loss', 'dkd_loss', 'dist_loss')}
+
+
+# pictures
+GOOD |= {'draw_kind.kind': lambda: 'logits', 'plot_bars.panels': lambda: {'a': [1., 2.]},
+         'plot_bars.ticks': lambda: ['x', 'y'],
          'plot_bars.figsize': lambda: (3., 2.), 'plot_lines.x': lambda: [1., 2.],
-         'plot_lines.lines': lambda: {'a': [1., 2.]}, 'plot_lines.styles': lambda: ['o-'],
-         'entropy.probs': lambda: logits().softmax(-1)}
+         'plot_lines.lines': lambda: {'a': [1., 2.]}, 'plot_lines.styles': lambda: ['o-']}
+
+
+# theory
+GOOD |= {'entropy.probs': lambda: logits().softmax(-1)}
 
 
 # data
@@ -259,7 +273,7 @@ WITHOUT |= {'imagenet_weights'}
 INSTANCES |= {}
 
 
-# training
+# devices, contract, students, history, training
 GOOD |= {'Teacher.answers.x': lambda: batch().x, 'logits_of.x': lambda: batch().x, 'check_heads.x': lambda: batch().x,
          'Teacher.check_outputs.x': lambda: batch().x, 'logits_in.output': logits, 'heads.output': logits,
          'Heads.losses.of': lambda: lambda z: {'hard': z.mean()}, 'write_curve.history': History,
@@ -303,11 +317,14 @@ GOOD |= {'share_interval.right': lambda: 1, 'Contender.make': lambda: Supervised
 INSTANCES |= {'Comparison': compared, 'Contender': lambda: Contender(Supervised, images(24))}
 
 
-# logits
+# exam
 GOOD |= {'by_luck.chance': lambda: torch.full((3,), 1/3), 'fell_below.now': lambda: 0.5, 'fell_below.then': lambda: 0.5,
-         'Distill.learned.own': lambda: Heads(logits()), 'Distill.learned.v': logits, 'check_teacher.teacher': knowing,
-         'Distill.teacher': knowing}
+         'check_teacher.teacher': knowing}
 WORDS |= {'v': 'teacher_logits', 'valid': 'validation', 'data': WORDS['data'] + '|validation items'}
+
+
+# logits
+GOOD |= {'Distill.learned.own': lambda: Heads(logits()), 'Distill.learned.v': logits, 'Distill.teacher': knowing}
 
 
 # cache
@@ -315,7 +332,7 @@ GOOD |= {}
 INSTANCES |= {}
 
 
-# features
+# taps, features, similarity
 def _maps(n=2): return torch.rand(6, n, 4, 4)
 
 
@@ -346,9 +363,9 @@ WORDS |= {k: 'layers?' for k in ('names', 'student_layers', 'teacher_layers')}
 WORDS |= {f'{side}_layer': f'{side}_layers' for side in ('student', 'teacher')} | {'terms': 'term'}
 
 
-# self_distillation
+# self_distillation, exits
 def exits():
-    from distill_nb.self_distillation import EarlyExits
+    from distill_nb.exits import EarlyExits
     return EarlyExits(net(), ['1', '3'], (1, 4, 4))
 
 
@@ -372,35 +389,45 @@ INSTANCES |= {'Generations': generations, 'EarlyExits': exits}
 WORDS |= {'layers': 'layer', 'x': 'inputs?|images'}
 
 
-# data_free
-def _data_free(name):
-    from distill_nb import data_free
-    return getattr(data_free, name)
+# inversion
+def _inversion(name):
+    from distill_nb import inversion
+    return getattr(inversion, name)
 
 
 def sized(): return Teacher(net(), size=4)
-def pictures(): return _data_free('Pictures')(floats(), 3)
-def inversion(): return _data_free('DeepInversion')(sized(), torch.arange(6) % 3, channels=1)
-def generator(): return _data_free('Generator')(4, noise=5, width=4)
-def data_free(): return _data_free('DataFree')(net(), net(), generator(), memory=64, replay=16)
-def noise(): return _data_free('Noise')(24, 5, 3)
+def inversion(): return _inversion('DeepInversion')(sized(), torch.arange(6) % 3, channels=1)
+def noise(): return _inversion('Noise')(24, 5, 3)
 
 
 GOOD |= {'statistics_distance.inputs': lambda: [logits()], 'statistics_distance.layers': lambda: [nn.BatchNorm1d(3)],
          'GlassTeacher.look.x': floats, 'Noise.n': lambda: 24, 'Noise.dim': lambda: 5, 'total_variation.x': floats,
          'Pixels.start': floats, 'DeepInversion.teacher': sized, 'DeepInversion.channels': lambda: 1,
          'invert.teacher': sized, 'invert.channels': lambda: 1,
-         'DeepInversion.check.data': lambda: _data_free('Noise')(6, 1, 3),
-         'DeepInversion.check.valid': lambda: None, 'invert.recipe': BY_KIND[Recipe], 'invert.setup': BY_KIND[Setup],
-         'dafl_losses.features': logits, 'Generator.size': lambda: 4, 'DataFree.generator': generator,
+         'DeepInversion.check.data': lambda: _inversion('Noise')(6, 1, 3),
+         'DeepInversion.check.valid': lambda: None, 'invert.recipe': BY_KIND[Recipe], 'invert.setup': BY_KIND[Setup]}
+INSTANCES |= {'DeepInversion': inversion, 'Noise': noise, 'GlassTeacher': lambda: _inversion('GlassTeacher')(net())}
+
+
+# data_free
+def _data_free(name):
+    from distill_nb import data_free
+    return getattr(data_free, name)
+
+
+def pictures(): return _data_free('Pictures')(floats(), 3)
+def generator(): return _data_free('Generator')(4, noise=5, width=4)
+def data_free(): return _data_free('DataFree')(net(), net(), generator(), memory=64, replay=16)
+
+
+GOOD |= {'dafl_losses.features': logits, 'Generator.size': lambda: 4, 'DataFree.generator': generator,
          'DataFree.remember.images': floats, 'DataFree.remember.answers': logits, 'DataFree.imagine.images': floats,
          'DataFree.imagine.look': lambda: data_free().teacher.look(floats()), 'DataFree.check.data': noise,
          'Pictures.x': floats, 'Distilled.history': lambda: _data_free('History')(), 'Distilled.images': floats,
          'distill_without_data.teacher': sized, 'distill_without_data.channels': lambda: 1,
          'distill_without_data.method': lambda: 'generator', 'distill_without_data.recipe': BY_KIND[Recipe],
          'distill_without_data.setup': BY_KIND[Setup]}
-INSTANCES |= {'Pictures': pictures, 'DeepInversion': inversion, 'DataFree': data_free, 'Noise': noise,
-              'GlassTeacher': lambda: _data_free('GlassTeacher')(net())}
+INSTANCES |= {'Pictures': pictures, 'DataFree': data_free}
 
 
 # zoo
@@ -512,12 +539,13 @@ def measured():
 
 GOOD |= {'take_turn.contender': Still, 'time_steps.contenders': lambda: {'still': Still()}, 'work': work,
          'bench_text.result': measured, 'distill_nb_bench.pair': lambda: 'digits', 'distill_nb_bench.steps': lambda: 1,
-         'distill_nb_bench.data': lambda: None,
+         'distill_nb_bench.data': lambda: None, 'distill_nb_bench.method': lambda: None, 'Taught.name': lambda: 'alone',
          'Naive.loss.x': lambda: torch.zeros(4, 1, 8, 8), 'PytorchTutorial.loss.x': lambda: torch.zeros(4, 1, 8, 8),
-         'Naive.loss.y': lambda: torch.arange(4), 'PytorchTutorial.loss.y': lambda: torch.arange(4)}
-WITHOUT |= {'Naive.step', 'PytorchTutorial.step'}  # they want a start
+         'Naive.loss.y': lambda: torch.arange(4), 'PytorchTutorial.loss.y': lambda: torch.arange(4),
+         'NaiveBf16.loss.x': lambda: torch.zeros(4, 1, 8, 8), 'NaiveBf16.loss.y': lambda: torch.arange(4)}
+WITHOUT |= {'Naive.step', 'NaiveBf16.step', 'PytorchTutorial.step'}  # they want a start
 WITHOUT |= {f'Torchdistill{part}' for part in ('', '.start', '.loss', '.step')}  # it may be absent
-STUBS = {'bench': dict(_measure_steps=lambda *_: dict(measured()))}  # it measures for a minute
+STUBS = {'bench': {f'_measure_{what}': lambda *_: dict(measured()) for what in ('steps', 'methods')}}  # a minute
 
 
 # cli
@@ -702,9 +730,10 @@ def _shown(value):
 
 
 def modules():
-    "All but doors, whose functions are the checks, and cli, of which tests/test_commands.py tries the lines."
-    found = [p.stem for p in sorted((Path(__file__).parent.parent/'distill_nb').glob('*.py'))]
-    return [m for m in found if m[0] != '_' and m not in ('doors', 'cli')]
+    """Those with something public; not doors, whose functions are the checks, and cli, of which tests/test_commands.py
+    tries the lines."""
+    found = [p for p in sorted((Path(__file__).parent.parent/'distill_nb').glob('*.py')) if p.stem[0] != '_']
+    return [p.stem for p in found if '__all__ = []' not in p.read_text() and p.stem not in ('doors', 'cli')]
 
 
 def drawn(module, share=1., seed=0):

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from distill_nb.data import Batch, CropFlip, Data, ImageData, Measure
+from distill_nb.views import CropFlip
+from distill_nb.protocol import Batch, Data, Measure
+from distill_nb.data import ImageData
 from distill_nb.training import Recipe, Supervised, fit
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')

@@ -9,11 +9,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from distill_nb import run
-from distill_nb.cli import command_parser, distill_nb, run_command
-from distill_nb.compare import Comparison
-from distill_nb.data import UNLABELLED, class_weights
+from distill_nb.rows import UNLABELLED
+from distill_nb.protocol import class_weights
 from distill_nb.folders import image_folder
+from distill_nb.compare import Comparison
 from distill_nb.run import Options, Watch, prepare, run_job
+from distill_nb.cli import command_parser, distill_nb, run_command
 
 PAIR = ['--teacher', 'digit_teacher', '--student', 'digit_student']
 QUICK = ['--epochs', '2', '--teacher_epochs', '6', '--seeds', '2', '--temperature', '4', '--alpha', '0.9', *PAIR]

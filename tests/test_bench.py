@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from distill_nb import bench
-from distill_nb.files import locked, save_weights
+from distill_nb.files import fingerprint, locked, save_weights
 from distill_nb.losses import DistillationLoss
 from distill_nb.data import digits
 from distill_nb.models import count_macs
 from distill_nb.training import Recipe, Supervised, fit
 from distill_nb.zoo import build_model
-from distill_nb.bench import (CONTENDERS, _make_work, _operations, _race, _ratios, _rows, bench_text, distill_nb_bench,
-                              take_turn, time_steps)
+from distill_nb.methods import METHODS
+from distill_nb.bench import (CONTENDERS, _make_work, _method_rows, _operations, _race, _ratios, _rows, _taught,
+                              bench_text, distill_nb_bench, take_turn, time_steps)
 from distill_nb.cli import run_command
 
 CPU = torch.device('cpu')
@@ -36,6 +37,19 @@ def test_the_other_loops_minimise_the_same_loss(work, name, T, alpha, squared):
     torch.testing.assert_close(c.loss(b.x, b.y), hard + soft/(1 if squared else T**2))
 
 
+def test_the_naive_loop_in_bfloat16_rounds_the_same_loss_and_lays_channels_last(work):
+    plain, half = (CONTENDERS[name](work) for name in ('naive', 'naive_bf16'))
+    b = work.data.get(torch.arange(16))
+    expected, found = (c.loss(b.x, b.y) for c in (plain, half))
+    assert found.dtype == torch.float32 and found != expected
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+    weights = [p for m in (half.teacher, half.student) for p in m.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) and p.dtype == torch.float32 for p in weights)
+    found.backward()
+    half.optimizer.step()
+    assert not torch.equal(weights[-1], [p for p in plain.student.parameters() if p.ndim == 4][-1])
+
+
 @pytest.mark.parametrize('name', CONTENDERS)
 def test_every_contender_takes_steps_that_change_the_student_alone(work, name):
     if name == 'torchdistill': pytest.importorskip('torchdistill')
@@ -43,10 +57,56 @@ def test_every_contender_takes_steps_that_change_the_student_alone(work, name):
     c.start()
     for _ in range(2): c.step()
     c.stop()
-    if name in ('naive', 'pytorch_tutorial', 'torchdistill'):
+    if name in ('naive', 'naive_bf16', 'pytorch_tutorial', 'torchdistill'):
         for model, moved in ((c.student, True), (c.teacher, False)):
             before = (work.student if moved else work.teacher).state_dict()
             assert any(not torch.equal(t, before[k]) for k, t in model.state_dict().items()) == moved
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_takes_a_step_that_changes_the_student_alone(work, name):
+    students, teachers = (fingerprint(m.state_dict()) for m in (work.student, work.teacher))
+    for (_, kept), c in _taught(work, [name]).items():
+        held = [p.detach().clone() for p in c.objective.parameters()]
+        assert len(take_turn(c, 1, CPU)) == 1
+        assert any(not torch.equal(p, q) for p, q in zip(c.objective.parameters(), held))
+        assert kept == (c.answers == 'kept')
+    assert (fingerprint(work.student.state_dict()), fingerprint(work.teacher.state_dict())) == (students, teachers)
+
+
+def test_methods_that_want_answers_only_are_timed_with_kept_ones_too(work):
+    made = _taught(work, list(METHODS))
+    assert {name for name, kept in made if kept} == {'kd', 'kd_std', 'dkd', 'dist'}
+    assert next(iter(made)) == ('alone', False) and {name for name, kept in made if not kept} == set(METHODS)
+    assert [name for (name, _), c in made.items() if c.answers is None] == ['alone', 'byot', 'self']
+    assert [name for (name, _), c in made.items() if c.own] == ['data_free']
+    assert [name for (name, _), c in made.items() if c.before] == ['born_again']
+
+
+def test_rows_of_methods_are_those_of_the_times(work):
+    times = {('alone', False): 0.1, ('kd', False): 0.3, ('kd', True): 0.11, ('data_free', False): 0.5}
+    rows = _method_rows(_taught(work, ['kd', 'data_free']), times, dict.fromkeys(times, 5.), 16)
+    assert [(r['method'], r['answers']) for r in rows] == [
+        ('alone', None), ('kd', 'live'), ('kd', 'kept'), ('data_free', 'live')]
+    assert [r['ratio_to_alone'] for r in rows] == pytest.approx([1, 3, 1.1, 5])
+    assert [(r['steps'], r['batch_size']) for r in rows[2:]] == [(None, 16), (1500, 64)]
+
+
+def test_the_command_times_methods(tmp_path, monkeypatch, capsys):
+    out = tmp_path/'methods.json'
+    monkeypatch.setattr(bench, '_peak_memory', lambda *_: None)
+    argv = ['--pair', 'digits', '--steps', 1, '--batch_size', 16, '--device', 'cpu', '--method', 'hint,kd',
+            '--out', out]
+    assert command(*argv) == 0
+    r = json.loads(out.read_text())
+    assert [row['method'] for row in r['rows']] == ['alone', 'hint', 'kd', 'kd'] and r['to_accuracy'] == []
+    assert all(row['step_ms'] > 0 for row in r['rows']) and '--method hint,kd' in r['command']
+    printed = capsys.readouterr().out
+    assert bench_text(r) in printed and 'this/alone' in printed and 'naive' not in printed
+
+
+def test_the_memory_of_a_method_is_measured_in_a_process_of_its_own():
+    assert bench._peak_memory(('kd', True), 'digits', 16, 'cpu') > 0
 
 
 def test_a_turn_times_the_last_steps_only():
@@ -92,7 +152,8 @@ def test_the_command_writes_a_result(tmp_path, monkeypatch, capsys):
     keys = {'name', 'command', 'data', 'hardware', 'software', 'date', 'seeds', 'seconds', 'rows'}
     assert keys <= set(r) and r['name'] == 'digits'
     assert r['command'] == f'distill_nb_bench --pair digits --steps 2 --batch_size 16 --device cpu --out {out}'
-    assert {'naive', 'pytorch_tutorial', 'live', 'cached', 'alone'} <= {row['contender'] for row in r['rows']}
+    names = {'naive', 'naive_bf16', 'pytorch_tutorial', 'live', 'cached', 'alone'}
+    assert names <= {row['contender'] for row in r['rows']}
     for row in r['rows']:
         assert row['step_ms'] > 0 and row['ratio_to_naive'] > 0 and row['peak_mb'] > 0 and 0 < row['share_of_peak']
     assert 0 < sum(p['share'] for p in r['profile']) <= 1.001
@@ -139,7 +200,9 @@ def test_a_teacher_of_other_classes_is_refused_where_there_are_real_images(tmp_p
     (['--to_accuracy', 2], 'teacher_weights'), (['--data', 'folder:/nowhere'], '/nowhere'),
     (['--pair', 'cifar', '--data', 'digits'], 'channels'),
     (['--pair', 'digits', '--teacher_weights', '/nowhere.safetensors'], '/nowhere.safetensors'),
-    (['--out', 'result.txt'], '.json'), (['--out', 'MINE'], 'something else'),
+    (['--method', 'magic'], 'born_again'), (['--method', 'kd,kd'], 'different'), (['--method', ''], 'method'),
+    (['--method', 'kd', '--to_accuracy', 2], 'methods are timed'), (['--out', 'result.txt'], '.json'),
+    (['--out', 'MINE'], 'something else'),
     (['--pair', 'digits', '--data', 'digits', '--batch_size', 5000], 'batch_size')])
 def test_bad_input_is_one_line(argv, said, tmp_path, capsys):
     mine = tmp_path/'mine.json'
@@ -160,4 +223,4 @@ def test_two_processes_do_not_write_one_result(tmp_path, capsys):
 def test_it_is_a_command():
     code = 'from distill_nb.cli import main_bench; main_bench()'
     p = subprocess.run([sys.executable, '-c', code, '--help'], capture_output=True, text=True)
-    assert p.returncode == 0 and '--to_accuracy' in p.stdout
+    assert p.returncode == 0 and '--to_accuracy' in p.stdout and '--method' in p.stdout

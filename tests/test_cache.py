@@ -9,15 +9,19 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from distill_nb import cache
+from distill_nb import answers, cache
 from distill_nb.files import fingerprint
-from distill_nb.losses import collapse, dist_loss, dkd_loss, top_k
-from distill_nb.data import CropFlip, ImageData, ResizedCrop, digits
+from distill_nb.losses import collapse, top_k
+from distill_nb.successors import dist_loss, dkd_loss
+from distill_nb.views import CropFlip, ResizedCrop
+from distill_nb.data import ImageData, digits
 from distill_nb.folders import image_folder
 from distill_nb.models import digit_student
-from distill_nb.training import NotFiniteError, Objective, Recipe, Setup, Supervised, Teacher, fit
+from distill_nb.contract import NotFiniteError, Teacher
+from distill_nb.training import Objective, Recipe, Setup, Supervised, fit
 from distill_nb.logits import Distill
-from distill_nb.cache import _HEAD, CachedTeacher, _Form, _checksum
+from distill_nb.answers import _HEAD, _Form, _checksum
+from distill_nb.cache import CachedTeacher
 
 from pretended_gpu import pretended
 from processes import alone_and_together
@@ -126,7 +130,8 @@ def test_a_single_answer_is_read_back_from_a_table(dtype, top):
     data, teacher = make_data(), make_teacher()
     cached = CachedTeacher(teacher, data, dtype=dtype, top=top)
     first = cached(data.get(torch.arange(1)))
-    for a, b in zip(cache._tensors(first), cache._tensors(cached(data.get(torch.arange(1))))): assert torch.equal(a, b)
+    again = cached(data.get(torch.arange(1)))
+    for a, b in zip(answers._tensors(first), answers._tensors(again)): assert torch.equal(a, b)
 
 
 def test_a_checksum_sees_every_bit_and_the_place():
@@ -801,9 +806,9 @@ def test_two_processes_that_fill_at_once_lose_nothing(tmp_path):
 
 
 def test_whoever_makes_the_file_second_uses_that_of_the_first(tmp_path):
-    cache._make_file(tmp_path/'x', b'first')
+    answers._make_file(tmp_path/'x', b'first')
     first = (tmp_path/'x').stat().st_ino
-    cache._make_file(tmp_path/'x', b'second')
+    answers._make_file(tmp_path/'x', b'second')
     assert (tmp_path/'x').stat().st_ino == first and (tmp_path/'x').read_bytes() == b'first'
     assert [p.name for p in tmp_path.iterdir()] == ['x']
 
@@ -858,7 +863,7 @@ def test_processes_of_one_run_ask_each_question_once_and_then_all_know_all_answe
 
 def test_one_process_neither_asks_nor_waits_for_others(monkeypatch):
     def never(*_): raise AssertionError('a collective')
-    monkeypatch.setattr(cache, 'gathered', never)
+    monkeypatch.setattr(answers, 'gathered', never)
     assert CachedTeacher(make_teacher(), make_data()).fill(precision='float32').asked == 540
 
 
@@ -872,7 +877,7 @@ def test_a_table_that_would_fill_the_card_stays_with_the_host_and_says_the_same(
         torch.manual_seed(0)
         with pretended():
             cached = CachedTeacher(teacher, train.replace(views=2), tmp_path, 'float32', top).fill(precision='float32')
-            monkeypatch.setattr(cache, '_free_on', lambda device: free*cached.nbytes)
+            monkeypatch.setattr(answers, '_free_on', lambda device: free*cached.nbytes)
             cached = CachedTeacher(teacher, cached.data, tmp_path, 'float32', top)
             objective = Distill(digit_student(), cached)
             objective.check = lambda *_: None  # the teacher of this test knows nothing
@@ -882,7 +887,7 @@ def test_a_table_that_would_fill_the_card_stays_with_the_host_and_says_the_same(
             batch = data.get(index, data.view_at(index, 0*index))
             for _ in range(cache._LOOK): said = cached(batch)
             other = cached(batch._replace(index=index.where(index > 0, -1)))
-            tensors = *cache._tensors(said), *cache._tensors(other)
+            tensors = *answers._tensors(said), *answers._tensors(other)
             assert {t.device.type for t in tensors} == {'cuda'} and cached.asked <= 1
             table = cached._tables[torch.float32]
             where = table.table.device.type, table.known.device.type, table.table is table.store
@@ -992,7 +997,7 @@ def test_labels_do_not_matter(tmp_path):
 @pytest.mark.parametrize('where', ['_reserve', '_make_file'])
 def test_a_full_or_read_only_disk_is_said_and_worked_around(tmp_path, monkeypatch, where):
     def full(*_): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(cache, where, full)
+    monkeypatch.setattr(answers, where, full)
     data, teacher = make_data(), make_teacher()
     cached = CachedTeacher(teacher, data, tmp_path/'new')
     with pytest.warns(UserWarning, match='No space left on device.*in memory only'):
@@ -1004,7 +1009,7 @@ def test_a_read_only_file_is_used_and_left_alone(filled, monkeypatch):
     with open(filled, 'r+b') as f: f.truncate(_HEAD + 24*100)
     before = filled.read_bytes()
     def denied(*_): raise PermissionError(13, 'Permission denied')
-    monkeypatch.setattr(cache, '_reserve', denied)
+    monkeypatch.setattr(answers, '_reserve', denied)
     cached = CachedTeacher(make_teacher(), make_data(), filled.parent)
     with pytest.warns(UserWarning, match='Permission denied'): assert wrong(cached, make_teacher(), make_data()) < 0.01
     assert cached.asked == 440 and filled.read_bytes() == before
@@ -1014,7 +1019,7 @@ def test_a_real_disk_without_room_is_found_before_anything_is_mapped(tmp_path, m
     import shutil
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(1, 1, 0))
     (tmp_path/'file').write_bytes(b'')
-    with pytest.raises(OSError, match='No space'): cache._reserve(tmp_path/'file', 100)
+    with pytest.raises(OSError, match='No space'): answers._reserve(tmp_path/'file', 100)
 
 
 # --- what cannot be

@@ -9,7 +9,7 @@ from torch import nn
 
 from calls import drawn, modules
 from small import net
-from distill_nb.data import CropFlip
+from distill_nb.views import CropFlip
 from distill_nb.doors import guard, plain
 from distill_nb.losses import DistillationLoss, kd_loss
 from distill_nb.training import Supervised

@@ -10,7 +10,8 @@ from PIL import Image
 from distill_nb import cli, run
 from distill_nb.files import locked, read_weights, save_weights
 from distill_nb.inference import open_student, predictions
-from distill_nb.data import ImageData, Measure, digits
+from distill_nb.protocol import Measure
+from distill_nb.data import ImageData, digits
 from distill_nb.sets import load_data
 from distill_nb.models import resnet18
 from distill_nb.training import evaluate, predict
@@ -20,7 +21,7 @@ from distill_nb.methods import METHODS
 from distill_nb.report import result_table, stored_result, verdicts
 from distill_nb.run import PRESETS, command_line, free_folder
 from distill_nb.bench import distill_nb_bench
-from distill_nb.cli import distill_nb, distill_nb_data_free, distill_nb_predict, run_command
+from distill_nb.cli import command_parser, distill_nb, distill_nb_data_free, distill_nb_predict, run_command
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
 COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms',
@@ -309,9 +310,9 @@ def test_a_single_other_method(tmp_path):
 
 @pytest.mark.slow
 def test_answers_that_cannot_be_kept_are_said_in_a_line(tmp_path, monkeypatch, capsys):
-    from distill_nb import cache
+    from distill_nb import answers
     def full(*_): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(cache, '_reserve', full)
+    monkeypatch.setattr(answers, '_reserve', full)
     assert command(*QUICK, '--labels', 0, '--out', tmp_path/'run') == 0
     err = [line for line in capsys.readouterr().err.splitlines() if 'answers' in line]
     assert err and err[0].startswith('distill_nb: ') and 'memory only' in err[0]
@@ -625,6 +626,22 @@ def test_a_folder_without_a_run_has_nothing_to_continue(there, tmp_path, capsys)
     assert command(*QUICK, '--out', tmp_path/'typo', '--resume') == 2
     assert f"resume must be left out, since out '{tmp_path/'typo'}' holds no run to continue" in capsys.readouterr().err
     assert (tmp_path/'typo').exists() == there
+
+
+def test_every_line_that_the_page_says_to_type_is_one_that_the_commands_take():
+    page = json.loads((Path(__file__).parent.parent/'nbs'/'cli.ipynb').read_text())['cells']
+    text = '\n'.join(''.join(c['source']) for c in page if c['cell_type'] == 'markdown')
+    lines = {line.strip('`') for line in re.findall(r'`distill_nb\w*(?: [^`\n]+)?`|^ *distill_nb.*$', text, re.M)}
+    lines = {line for line in lines if '--help' not in line}
+    jobs = {f.__name__: f for f in (distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench)}
+    kinds = {'distill_nb': run.Options, 'distill_nb_data_free': run.FreeOptions}
+    for line in lines:
+        name, *argv = line.split()
+        if name == 'distill_nb_predict' and not argv: continue  # its name in a sentence
+        if name == 'distill_nb_data_free' and not argv: continue
+        given = vars(command_parser(jobs[name]).parse_args(argv))
+        if name in kinds: kinds[name](**given)
+    assert len(lines) > 15 and {line.split()[0] for line in lines} == set(jobs)
 
 
 def test_python_m_is_the_command():

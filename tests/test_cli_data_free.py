@@ -11,7 +11,8 @@ from torch import nn
 
 from distill_nb import data_free, run
 from distill_nb.files import read_weights, save_weights
-from distill_nb.data import Measure, digits
+from distill_nb.protocol import Measure
+from distill_nb.data import digits
 from distill_nb.training import Recipe, Supervised, evaluate, fit
 from distill_nb.compare import share_interval
 from distill_nb.zoo import build_model, load_weights

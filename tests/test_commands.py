@@ -192,7 +192,7 @@ EDITS = {'step': ['x', -1, 1.5, None, True, 10**9, [3]], 'done': ['yes', None, 1
 
 def edit_checkpoint(name, key, value):
     "A run whose teacher's checkpoint was edited by hand, as if it had been saved so."
-    from distill_nb.training import Checkpoint
+    from distill_nb.history import Checkpoint
     if not Path('whole').exists():
         argv = line('distill_nb', teacher_epochs='4', out='whole').argv
         with contextlib.redirect_stdout(io.StringIO()), running(): assert run_command(distill_nb, [*argv]) == 0
@@ -314,7 +314,7 @@ def only_checked():
     "The commands check what they are given, and train nothing."
     with pytest.MonkeyPatch.context() as m:
         for name in ('run_job', 'run_free'): m.setattr(cli, name, lambda *_: {})
-        m.setattr(bench, '_measure_steps', lambda *_: {})
+        for what in ('steps', 'methods'): m.setattr(bench, f'_measure_{what}', lambda *_: {})
         m.setattr(bench, 'bench_text', lambda _: '')
         m.setenv('DISTILL_NB_CACHE', str(Path('cache').resolve()))
         yield

@@ -10,9 +10,11 @@ from scipy import stats
 from torch import nn
 
 from distill_nb.files import fingerprint
-from distill_nb.data import ImageData, Measure, digits
+from distill_nb.protocol import Measure
+from distill_nb.data import ImageData, digits
 from distill_nb.models import digit_student
-from distill_nb.training import Checkpoint, DivergedError, Recipe, Supervised, evaluate
+from distill_nb.history import Checkpoint
+from distill_nb.training import DivergedError, Recipe, Supervised, evaluate
 from distill_nb.compare import (Comparison, Contender, agreement, choose, compare, interval, paired, share_interval,
                                 table)
 from distill_nb.logits import Distill

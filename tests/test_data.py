@@ -7,10 +7,10 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from hypothesis import given, settings, strategies as st
 from torchvision import transforms
-from distill_nb.losses import UNLABELLED
-from distill_nb.data import (Batch, CropFlip, Data, ImageData, Measure, Measured, ResizedCrop, Sight, _resize_weights,
-                             _root, calibration_error, channel_stats, count_values, digits, epoch_order, few_labels,
-                             mix, resize, show_images, stratified)
+from distill_nb.rows import UNLABELLED
+from distill_nb.views import CropFlip, ResizedCrop, _resize_weights, _root, epoch_order, mix, resize, show_images
+from distill_nb.protocol import Batch, Data, Measure, Measured, calibration_error
+from distill_nb.data import ImageData, Sight, channel_stats, count_values, digits, few_labels, stratified
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -71,7 +71,8 @@ def test_views_are_even_and_independent_of_their_neighbours():
         assert chi2(pairs) < 2499 + 4*(2*2499)**0.5
 
 
-EPOCH = '''from distill_nb.data import CropFlip, ImageData, ResizedCrop, epoch_order
+EPOCH = '''from distill_nb.views import CropFlip, ResizedCrop, epoch_order
+from distill_nb.data import ImageData
 import hashlib, torch
 def epoch(batch_size):
     "Hash of order, views and pixels of one epoch."

@@ -8,14 +8,19 @@ import torch
 from torch import nn
 
 from distill_nb.files import fingerprint
-from distill_nb.losses import UNLABELLED, kd_loss
-from distill_nb.data import CropFlip, Data, ImageData
+from distill_nb.rows import UNLABELLED
+from distill_nb.losses import kd_loss
+from distill_nb.views import CropFlip
+from distill_nb.protocol import Data
+from distill_nb.data import ImageData
 from distill_nb.models import resnet20, resnet8
-from distill_nb.training import Checkpoint, Objective, Recipe, Setup, Supervised, Teacher, evaluate, fit, predict
-from distill_nb.data_free import (DataFree, DeepInversion, Distilled, Generator, GeneratorWeights, GlassTeacher,
-                                  InversionWeights, Noise, Pictures, PixelRange, _as_constant, _channels, _joined,
-                                  bn_layers, competition, dafl_losses, distill_without_data, invert,
-                                  statistics_distance, total_variation)
+from distill_nb.contract import Teacher
+from distill_nb.history import Checkpoint
+from distill_nb.training import Objective, Recipe, Setup, Supervised, evaluate, fit, predict
+from distill_nb.inversion import (DeepInversion, GlassTeacher, InversionWeights, Noise, PixelRange, _as_constant,
+                                  _channels, bn_layers, competition, invert, statistics_distance, total_variation)
+from distill_nb.data_free import (DataFree, Distilled, Generator, GeneratorWeights, Pictures, _joined, dafl_losses,
+                                  distill_without_data)
 
 CLASSES, SIDE = 3, 4
 RECIPE = Recipe(steps=12, batch_size=8, optimizer='adamw', lr=0.01, weight_decay=0.01, precision='float32')
@@ -503,17 +508,18 @@ class Stop(Exception): pass
 @pytest.mark.parametrize('method,name,at', [('generator', 'DataFree', 210), ('inversion', 'Distill', 110),
                                             ('inversion', 'DeepInversion', 10)])
 def test_a_stopped_run_resumes_to_the_same_weights(teacher, tmp_path, monkeypatch, method, name, at):
-    from distill_nb import data_free
+    from distill_nb import data_free, inversion
     steps = 300
     whole = run(method, teacher, tmp_path/'whole', steps=steps)
-    cls, seen = getattr(data_free, name), [0]
+    cls, seen = getattr(inversion if name == 'DeepInversion' else data_free, name), [0]
     forward = cls.forward
     def stops(self, batch):
         seen[0] += 1
         if seen[0] > at: raise Stop
         return forward(self, batch)
     monkeypatch.setattr(cls, 'forward', stops)
-    monkeypatch.setattr(data_free, 'fit', partial(fit, save_every=0.))  # a checkpoint at every reading of the losses
+    for module in (data_free, inversion):  # a checkpoint at every reading of the losses
+        monkeypatch.setattr(module, 'fit', partial(fit, save_every=0.))
     with pytest.raises(Stop): run(method, teacher, tmp_path/'stopped', steps=steps)
     monkeypatch.setattr(cls, 'forward', forward)
     assert list((tmp_path/'stopped').rglob('checkpoint.safetensors'))
@@ -617,9 +623,9 @@ def test_a_teacher_without_batch_norm_is_refused_or_taught_without(teacher):
     (dict(onehot=0., balance=0., statistics=0., adversarial=0.), 'at least one of'),
     (dict(method='inversion', rounds=0), 'rounds must be'), (dict(method='inversion', images=2.5), 'images must be')])
 def test_errors_come_before_training(teacher, bad, message, monkeypatch):
-    from distill_nb import data_free
+    from distill_nb import data_free, inversion
     def trains(*_, **__): raise AssertionError('training began')
-    monkeypatch.setattr(data_free, 'fit', trains)
+    for module in (data_free, inversion): monkeypatch.setattr(module, 'fit', trains)
     student = net(seed=5)
     before = fingerprint(student.state_dict())
     given = dict(teacher=sized(teacher), student=student, recipe=RECIPE, setup=SETUP)
@@ -781,7 +787,7 @@ def test_seconds_count_the_making_of_images(teacher, monkeypatch):
 
 
 def test_joined_histories_go_on():
-    from distill_nb.training import History
+    from distill_nb.history import History
     def part():
         rows = [{'step': step, 'epoch': step / 2, 'seconds': step + 1., 'accuracy': 0.5} for step in (2, 4)]
         return History(rows, {'soft': [1., 2., 3., 4.]}, 6., measure=images().measures[0])

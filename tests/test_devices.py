@@ -11,14 +11,18 @@ from distill_nb import sets as data_module, models as models_module
 from distill_nb.files import save_weights
 from distill_nb.data import ImageData, Splits, digits, few_labels
 from distill_nb.models import digit_student, digit_teacher, profile_model
-from distill_nb.training import (Recipe, Setup, Supervised, Teacher, best_precision, device_of, evaluate, fit,
-                                 fit_device, placed, predict)
+from distill_nb.devices import best_precision, device_of, fit_device
+from distill_nb.contract import Teacher, placed
+from distill_nb.training import Recipe, Setup, Supervised, evaluate, fit, predict
 from distill_nb.compare import Contender, compare
-from distill_nb.logits import Distill, check_teacher
+from distill_nb.exam import check_teacher
+from distill_nb.logits import Distill
 from distill_nb.cache import _LOOK, CachedTeacher
-from distill_nb.features import FEATURE_WEIGHTS, feature_method, feature_shapes, layer_similarity, plot_attention
-from distill_nb.self_distillation import (BeYourOwnTeacher, SelfTeacher, born_again, exit_logits, measure_exits,
-                                          sure_curve)
+from distill_nb.taps import feature_shapes
+from distill_nb.features import FEATURE_WEIGHTS, feature_method
+from distill_nb.similarity import layer_similarity, plot_attention
+from distill_nb.self_distillation import SelfTeacher, born_again
+from distill_nb.exits import BeYourOwnTeacher, exit_logits, measure_exits, sure_curve
 from distill_nb.data_free import Pictures, distill_without_data
 from distill_nb.methods import METHODS, Task, choose_setting, contender, rehearse
 from distill_nb.cli import distill_nb, distill_nb_data_free

@@ -7,7 +7,7 @@ from distill_nb.data import ImageData, Splits
 from distill_nb.files import save_weights
 from distill_nb.models import evaluating
 from distill_nb.teachers import make_teacher
-from distill_nb.training import logits_in
+from distill_nb.contract import logits_in
 from distill_nb.zoo import build_model
 
 OURS = ['ant', 'bee', 'cat', 'dog']  # the classes of the data

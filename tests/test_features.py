@@ -8,16 +8,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_nb.files import fingerprint
-from distill_nb.losses import hard_loss, rows_there
-from distill_nb.data import Batch, CropFlip, ImageData
+from distill_nb.rows import rows_there
+from distill_nb.losses import hard_loss
+from distill_nb.views import CropFlip
+from distill_nb.protocol import Batch
+from distill_nb.data import ImageData
 from distill_nb.models import digit_student, digit_teacher, resnet18, resnet20, resnet8, wrn_16_1
-from distill_nb.training import Checkpoint, Recipe, Supervised, Teacher, evaluate, fit
+from distill_nb.contract import Teacher
+from distill_nb.history import Checkpoint
+from distill_nb.training import Recipe, Supervised, evaluate, fit
 from distill_nb.compare import Contender, compare
 from distill_nb.logits import Distill
+from distill_nb.taps import feature_shapes, head_input, listening, stage_names, tap
 from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational, Term,
-                                 _as_map, _resize_map, attention_loss, attention_map, cka, feature_method,
-                                 feature_shapes, head_input, hint_loss, layer_similarity, listening, plot_attention,
-                                 plot_similarity, rkd_angle_loss, rkd_distance_loss, stage_names, stage_pairs, tap)
+                                 _as_map, _resize_map, attention_loss, attention_map, feature_method, hint_loss,
+                                 rkd_angle_loss, rkd_distance_loss, stage_pairs)
+from distill_nb.similarity import cka, layer_similarity, plot_attention, plot_similarity
 
 from networks import bits, same as same_bits
 from processes import alone_and_together

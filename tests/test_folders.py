@@ -6,13 +6,13 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision import datasets, transforms
-from distill_nb.data import (CropFlip, ResizedCrop, channel_stats, count_values, epoch_order, few_labels,
-                             stratified)
+from distill_nb.views import CropFlip, ResizedCrop, epoch_order
+from distill_nb.data import channel_stats, count_values, few_labels, stratified
 from distill_nb.folders import LOOSE, FolderReport, ImageFiles, Notice, hold_out, image_folder, read_folder
 from distill_nb.images import HIDDEN, SUFFIX, Form, image_files
-from distill_nb.losses import UNLABELLED
+from distill_nb.rows import UNLABELLED
 from distill_nb.sets import load_data
-from distill_nb.training import Teacher
+from distill_nb.contract import Teacher
 from small import write_folder, write_image
 
 

@@ -14,11 +14,13 @@ from torchvision.models.inception import InceptionOutputs
 
 from distill_nb.losses import DistillationLoss, kd_loss
 from distill_nb.data import ImageData
-from distill_nb.training import (Heads, Setup, Supervised, Teacher, check_student, evaluate, fit, heads,
-                                 logits_in, predict)
+from distill_nb.contract import Teacher, logits_in
+from distill_nb.students import Heads, check_student, heads
+from distill_nb.training import Setup, Supervised, evaluate, fit, predict
 from distill_nb.logits import Distill
 from distill_nb.features import FeatureDistill, Hint
-from distill_nb.self_distillation import BeYourOwnTeacher, EarlyExits, Ensemble, MovingAverage, SelfTeacher
+from distill_nb.self_distillation import Ensemble, MovingAverage, SelfTeacher
+from distill_nb.exits import BeYourOwnTeacher, EarlyExits
 from distill_nb.data_free import distill_without_data
 
 from networks import bits, same

@@ -9,14 +9,17 @@ import torch
 from PIL import Image
 
 from distill_nb import inference
-from distill_nb.cli import distill_nb, distill_nb_predict, run_command
-from distill_nb.data import UNLABELLED, ImageData
+
 from distill_nb.files import locked, read_weights, save_weights
-from distill_nb.folders import ImageFiles, image_folder
+from distill_nb.rows import UNLABELLED
+from distill_nb.data import ImageData
 from distill_nb.images import Form
-from distill_nb.inference import image_paths, open_student, predictions, write_predictions
-from distill_nb.training import Teacher, predict
+from distill_nb.folders import ImageFiles, image_folder
+from distill_nb.contract import Teacher
+from distill_nb.training import predict
 from distill_nb.zoo import build_model
+from distill_nb.inference import image_paths, open_student, predictions, write_predictions
+from distill_nb.cli import distill_nb, distill_nb_predict, run_command
 
 CLASSES = ['cat, small', 'dög', 'o"wl']
 FACTS = dict(channels=3, side=16, size=16, mean=[0.4]*3, std=[0.2]*3)
@@ -492,7 +495,7 @@ def test_a_checkpoint_without_facts_gets_them_from_ones_own_function(tmp_path, o
     torch.save(model.state_dict(), tmp_path/'best.pth')
     (tmp_path/'my.py').write_text(f"""
 from distill_nb.models import resnet8
-from distill_nb.training import Teacher
+from distill_nb.contract import Teacher
 def student(): return Teacher(resnet8(3, 3), {CLASSES}, [0.4]*3, [0.2]*3, 16)""")
     assert command(tmp_path/'new', '--student', tmp_path/'s.safetensors') == 0
     expected = capsys.readouterr().out

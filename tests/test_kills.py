@@ -15,11 +15,14 @@ import torch
 from distill_nb.files import fingerprint, read_weights, save_weights, write_atomic
 from distill_nb.data import digits
 from distill_nb.models import digit_student, digit_teacher
-from distill_nb.training import Checkpoint, Recipe, Setup, Supervised, Teacher, fit
+from distill_nb.contract import Teacher
+from distill_nb.history import Checkpoint
+from distill_nb.training import Recipe, Setup, Supervised, fit
 from distill_nb.logits import Distill
 from distill_nb.cache import CachedTeacher
 from distill_nb.features import feature_method
-from distill_nb.self_distillation import BeYourOwnTeacher, SelfTeacher, born_again
+from distill_nb.self_distillation import SelfTeacher, born_again
+from distill_nb.exits import BeYourOwnTeacher
 from distill_nb.data_free import DATA_FREE, distill_without_data
 from distill_nb.zoo import load_weights
 from distill_nb.cli import distill_nb, run_command

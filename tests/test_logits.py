@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from distill_nb import logits
+from distill_nb import exam
 from distill_nb.files import fingerprint
-from distill_nb.losses import UNLABELLED, DistillationLoss, dist_loss, dkd_loss, jsd_loss, kd_loss, reverse_kl_loss
+from distill_nb.rows import UNLABELLED
+from distill_nb.losses import DistillationLoss, kd_loss
+from distill_nb.successors import dist_loss, dkd_loss, jsd_loss, reverse_kl_loss
 from distill_nb.data import ImageData, digits
 from distill_nb.models import digit_teacher
-from distill_nb.training import DivergedError, Recipe, Supervised, Teacher, describe, evaluate, fit, predict
-from distill_nb.logits import Distill, _other_order, by_luck, check_teacher, fell_below, probability_kind
+from distill_nb.contract import Teacher, describe
+from distill_nb.training import DivergedError, Recipe, Supervised, evaluate, fit, predict
+from distill_nb.exam import _other_order, by_luck, check_teacher, fell_below, probability_kind
+from distill_nb.logits import Distill
 from distill_nb.zoo import build_model
 
 from small import CLASSES, RECIPE, images, net, trained
@@ -491,7 +495,7 @@ def test_places_that_are_not_there_or_have_no_label_are_not_judged(model):
         def measure(self, answers): return {'bits_per_byte': float(len(list(answers)))}
     assert check_teacher(Damaged(), Unlabelled(text().lines)) == 1
     kept = []
-    list(logits._answers(Teacher(Damaged()), Unlabelled(text().lines), kept))
+    list(exam._answers(Teacher(Damaged()), Unlabelled(text().lines), kept))
     batch = text().get(torch.arange(0, 60, 2))
     there = (batch.weight > 0) & (batch.x > 0)
     assert torch.equal(kept[0][1], batch.y[there]) and torch.equal(kept[0][0], model(batch.x)[there])
@@ -506,15 +510,15 @@ def test_what_a_guesser_knows_is_asked_of_the_data(model):
     with pytest.raises(ValueError, match='cross-entropy of at most 0.00'): check_teacher(speaker(), Sure(text().lines))
     y = text().lines.flatten().long()
     y = y[y > 0]
-    assert logits._pass_marks(y).loss > 1 > 0.01 > logits._pass_marks(y, Sure.chance).loss
-    assert logits._pass_marks(y, Sure.chance)[::2] == logits._pass_marks(y)[::2]  # those of the balanced measures stay
+    assert exam._pass_marks(y).loss > 1 > 0.01 > exam._pass_marks(y, Sure.chance).loss
+    assert exam._pass_marks(y, Sure.chance)[::2] == exam._pass_marks(y)[::2]  # those of the balanced measures stay
     data = images(seed=1)
-    assert logits._pass_marks(data.y, data.chance) == logits._pass_marks(data.y)
+    assert exam._pass_marks(data.y, data.chance) == exam._pass_marks(data.y)
 
 
 @pytest.mark.parametrize('places, classes', [(1, 2), (1, 1000), (8, 16), (1024, 50_257), (224**2, 21), (10**7, 10**6)])
 def test_a_thousand_to_ten_thousand_places_are_judged_and_they_fit_into_memory(places, classes):
-    ask, judge = logits._enough(places, classes, 1000)
+    ask, judge = exam._enough(places, classes, 1000)
     assert 1 <= ask <= 1000 <= judge <= 10_000 and (ask == 1000 or ask * places >= 1000)
     assert ask == 1 or 4 * ask * places * classes <= 2**29 and 8 * judge * classes <= 2**29
 
@@ -524,9 +528,9 @@ def test_fewer_items_are_asked_about_where_each_has_many_places(monkeypatch, mod
     counted = Then(model, lambda v: asked.append(len(v)) or v)
     check_teacher(counted, text(1000), items=100)
     assert sum(asked[1:]) == 100  # of 1000; before it, two for the shape
-    monkeypatch.setattr(logits, '_enough', lambda places, classes, items: (places, 7))
+    monkeypatch.setattr(exam, '_enough', lambda places, classes, items: (places, 7))
     asked.clear()
-    value, z, y = logits._sit(Teacher(counted), *logits._some(text(1000), 100))
+    value, z, y = exam._sit(Teacher(counted), *exam._some(text(1000), 100))
     assert asked == [8] and z.shape == (7, BYTES) and y.shape == (7,)
 
 

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-import distill_nb.losses as losses_module
-from distill_nb.losses import (UNLABELLED, DistillationLoss, collapse, dist_loss, dkd_loss, hard_loss,
-                               jsd_loss, kd_loss, log_soften, reverse_kl_loss, rows_there, standardize, top_k, upcast)
-from distill_nb.theory import entropy, plot_bars, plot_lines, soften
+import distill_nb.successors as successors
+from distill_nb.rows import UNLABELLED, rows_there, standardize, upcast
+from distill_nb.losses import DistillationLoss, collapse, hard_loss, kd_loss, log_soften, top_k
+from distill_nb.successors import dist_loss, dkd_loss, jsd_loss, reverse_kl_loss
+from distill_nb.theory import entropy, soften
 
 quick = settings(deadline=None, max_examples=20)
 
@@ -1047,8 +1048,8 @@ def test_rows_without_weights_are_reduced_as_ever_to_the_bit(dtype):
             if s: total = (1 - s) * total + s * (-log_q.sum(1) / C).masked_fill(y == UNLABELLED, 0.).sum()
             return total / len(y)
         def dist(z):
-            q, p = (losses_module._log_share(l, 1.) for l in (z, v))
-            inter, intra = (losses_module._pearson_distance(q, p, d)[0] for d in (1, 0))
+            q, p = (successors._log_share(l, 1.) for l in (z, v))
+            inter, intra = (successors._pearson_distance(q, p, d)[0] for d in (1, 0))
             return inter.sum() / B + 2. * (intra.sum() / C)
         same = {'kd': (partial(kd_loss, teacher_logits=v, temperature=1.), mean(kd_loss)),
                 'reverse': (partial(reverse_kl_loss, teacher_logits=v, temperature=1.), mean(reverse_kl_loss)),
@@ -1241,21 +1242,6 @@ def test_entropy_is_that_of_probabilities():
         with pytest.raises(ValueError, match='probs must be at least 0, with sums of 1'): entropy(wrong)
 
 
-@pytest.mark.parametrize('said, more', [
-    ('that of x, 2, but is 1', {'lines': {'a': [1.]}}), ('styles must be', {'styles': []}),
-    ('styles must be', {'styles': ['line']}), ('log must be', {'log': 'z'}),
-    ('x must be a list of numbers', {'x': [None]*2}), ('xlabel must be', {'xlabel': '\ud800'})])
-def test_what_can_not_be_drawn_as_lines_is_refused(said, more):
-    with pytest.raises(ValueError, match=said): plot_lines(**({'x': [1, 2], 'lines': {'a': [1., 2.]}} | more))
-
-
-@pytest.mark.parametrize('said, more', [
-    ('panels must be', {'panels': {}}), ("panels\\['a'\\] must be a list of numbers", {'panels': {'a': 3}}),
-    ('ticks must be one for each of 2 bars', {'ticks': ['x']}), ('figsize must be', {'figsize': (1e18, 1)})])
-def test_what_can_not_be_drawn_as_bars_is_refused(said, more):
-    with pytest.raises(ValueError, match=said): plot_bars(**({'panels': {'a': [1., 2.]}} | more))
-
-
 @pytest.mark.parametrize('divergence', [F.mse_loss, F.kl_div, torch.nn.MSELoss(), lambda z, v: (z - v).sum()])
 def test_a_divergence_without_a_temperature_is_refused_when_the_loss_is_made(divergence):
     with pytest.raises(ValueError, match='divergence must be a function with a parameter temperature, such as'):
@@ -1278,3 +1264,12 @@ def test_settings_from_numpy_are_those_of_python():
     given = dict(temperature=3., alpha=0.5, standardize=True, label_smoothing=0.25)
     same = DistillationLoss(np.float64(3), np.float32(0.5), kd_loss, np.bool_(True), np.float64(0.25))
     assert repr(same) == repr(DistillationLoss(**given))
+
+
+def test_a_divergence_says_itself_that_it_is_free_of_scale():
+    def mine(z, v, temperature): return (z - v).sum()
+    assert not DistillationLoss(divergence=mine).scale_free
+    mine.scale_free = True
+    assert DistillationLoss(divergence=mine).scale_free and DistillationLoss(divergence=partial(mine)).scale_free
+    assert DistillationLoss(divergence=partial(dist_loss, inter=2.)).scale_free
+    assert not DistillationLoss(divergence=dkd_loss).scale_free

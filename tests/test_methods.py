@@ -7,10 +7,11 @@ import torch
 
 from distill_nb import methods, training
 from distill_nb.files import fingerprint
-from distill_nb.losses import UNLABELLED
+from distill_nb.rows import UNLABELLED
 from distill_nb.data import digits, few_labels
 from distill_nb.models import digit_student, digit_teacher
-from distill_nb.training import DivergedError, Recipe, Setup, Supervised, Teacher, fit
+from distill_nb.contract import Teacher
+from distill_nb.training import DivergedError, Recipe, Setup, Supervised, fit
 from distill_nb.compare import compare
 from distill_nb.cache import CachedTeacher
 from distill_nb.zoo import build_model

@@ -9,15 +9,18 @@ from torch import nn
 
 from distill_nb import self_distillation
 from distill_nb.files import fingerprint
-from distill_nb.losses import UNLABELLED
-from distill_nb.data import Batch, CropFlip, ImageData, Measured, digits, mix
+from distill_nb.rows import UNLABELLED
+from distill_nb.views import CropFlip, mix
+from distill_nb.protocol import Batch, Measured
+from distill_nb.data import ImageData, digits
 from distill_nb.models import count_macs, digit_student, digit_teacher, resnet18, wrn_16_1
-from distill_nb.training import Checkpoint, Recipe, Setup, Supervised, evaluate, fit, predict
+from distill_nb.history import Checkpoint
+from distill_nb.training import Recipe, Setup, Supervised, evaluate, fit, predict
 from distill_nb.logits import Distill
-from distill_nb.self_distillation import (BeYourOwnTeacher, EarlyExits, Ensemble, ExitHead, MovingAverage, SelfTeacher,
-                                          _other_view, born_again, exit_costs, exit_logits, feature_distance,
-                                          generation_seed, measure_exits, plot_exits, repeat_labelled, run_until,
-                                          sure_curve, sure_exit, view_loss)
+from distill_nb.self_distillation import (Ensemble, MovingAverage, SelfTeacher, _other_view, born_again,
+                                          generation_seed, repeat_labelled, view_loss)
+from distill_nb.exits import (BeYourOwnTeacher, EarlyExits, ExitHead, exit_costs, exit_logits, feature_distance,
+                              measure_exits, plot_exits, run_until, sure_curve, sure_exit)
 from distill_nb.zoo import build_model
 from processes import alone_and_together
 from tokens import BYTES, speaker, text

@@ -10,19 +10,24 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from torchvision import datasets, transforms
 from torchvision.datasets import ImageFolder
 
-from distill_nb.cache import CachedTeacher
-from distill_nb.compare import Contender, compare
-from distill_nb.data import CropFlip, ImageData, Splits, channel_stats, class_weights, count_values, few_labels
-from distill_nb.folders import image_folder
+from distill_nb.rows import UNLABELLED
+from distill_nb.views import CropFlip
+from distill_nb.protocol import class_weights
+from distill_nb.data import ImageData, Splits, channel_stats, count_values, few_labels
 from distill_nb.images import Form
-from distill_nb.logits import check_teacher
-from distill_nb.losses import UNLABELLED
-from distill_nb.methods import Task, choose_setting, rehearse
-from distill_nb.self_distillation import EarlyExits, SelfTeacher, exit_logits, measure_exits, repeat_labelled
+from distill_nb.folders import image_folder
 from distill_nb.sets import (ImageItems, Items, _pass, cifar10, cifar100, dataset_splits, fashion_mnist, image_data,
                              load_data, mnist)
+from distill_nb.contract import Teacher
+from distill_nb.students import check_student
+from distill_nb.training import Recipe, Supervised, evaluate, fit, predict
+from distill_nb.compare import Contender, compare
+from distill_nb.exam import check_teacher
+from distill_nb.cache import CachedTeacher
+from distill_nb.self_distillation import SelfTeacher, repeat_labelled
+from distill_nb.exits import EarlyExits, exit_logits, measure_exits
 from distill_nb.teachers import make_teacher, try_normalisations
-from distill_nb.training import Recipe, Supervised, Teacher, check_student, evaluate, fit, predict
+from distill_nb.methods import Task, choose_setting, rehearse
 from small import write_folder
 
 

@@ -5,11 +5,12 @@ import pytest, torch
 import torch.nn.functional as F
 from distill_nb.data import ImageData, Splits, digits
 from distill_nb.files import save_weights
-from distill_nb.logits import check_teacher
+from distill_nb.exam import check_teacher
 from distill_nb.models import digit_student
 from distill_nb.teachers import (_shift, clearly_best, make_teacher, normalisation_table, plausible, try_normalisations,
                                  Tried)
-from distill_nb.training import Recipe, Supervised, Teacher, evaluate, fit, predict
+from distill_nb.contract import Teacher
+from distill_nb.training import Recipe, Supervised, evaluate, fit, predict
 from distill_nb.zoo import build_model
 from networks import bits, same
 from torch import nn
@@ -231,9 +232,9 @@ def test_a_function_of_the_user_is_judged_by_its_answers(data, trained, tmp_path
     torch.save(trained.state_dict(), tmp_path/'inside.pth')
     (tmp_path/'my.py').write_text(f'''
 import torch
-from distill_nb.logits import check_teacher
+from distill_nb.exam import check_teacher
 from distill_nb.models import digit_student
-from distill_nb.training import Teacher
+from distill_nb.contract import Teacher
 def known():
     model = digit_student()
     model.load_state_dict(torch.load({str(tmp_path/'inside.pth')!r}))

@@ -10,10 +10,12 @@ from torch import nn
 
 from distill_nb.files import fingerprint
 from distill_nb.losses import collapse, top_k
-from distill_nb.data import Batch, Data, Measure
-from distill_nb.training import Checkpoint, Recipe, Setup, Supervised, evaluate, fit, predict
+from distill_nb.protocol import Batch, Data, Measure
+from distill_nb.history import Checkpoint
+from distill_nb.training import Recipe, Setup, Supervised, evaluate, fit, predict
 from distill_nb.compare import Contender, choose, compare
-from distill_nb.logits import Distill, check_teacher
+from distill_nb.exam import check_teacher
+from distill_nb.logits import Distill
 from distill_nb.cache import CachedTeacher
 
 RECIPE = Recipe(steps=40, batch_size=16, optimizer='adamw', lr=1e-2, weight_decay=0.01, accumulate=4,

@@ -9,7 +9,8 @@ from accelerate.tracking import GeneralTracker
 
 from distill_nb.compare import Contender, compare
 from distill_nb.tracking import TRACKERS, Tracker, tracker
-from distill_nb.training import Setup, Supervised, apart, fit
+from distill_nb.devices import apart
+from distill_nb.training import Setup, Supervised, fit
 from test_training import RECIPE, images, net
 
 

@@ -13,12 +13,18 @@ from torch import nn
 from distill_nb import training
 from distill_nb.doors import plain
 from distill_nb.files import fingerprint
-from distill_nb.losses import UNLABELLED, DistillationLoss
-from distill_nb.data import CropFlip, Data, ImageData, Measure, Measured, ResizedCrop, digits
+from distill_nb.rows import UNLABELLED
+from distill_nb.losses import DistillationLoss
+from distill_nb.views import CropFlip, ResizedCrop
+from distill_nb.protocol import Data, Measure, Measured
+from distill_nb.data import ImageData, digits
 from distill_nb.models import digit_student, digit_teacher, evaluating, resnet8
-from distill_nb.training import (Checkpoint, DivergedError, History, Objective, Recipe, Run, Setup, Supervised,
-                                 Teacher, check_classes, describe, evaluate, fit, fit_device, logits_of, plot_curves,
-                                 predict, scheduled)
+from distill_nb.devices import fit_device
+from distill_nb.contract import Teacher, describe
+from distill_nb.students import check_classes, logits_of
+from distill_nb.history import Checkpoint, History, plot_curves
+from distill_nb.training import (DivergedError, Objective, Recipe, Run, Setup, Supervised, evaluate, fit, predict,
+                                 scheduled)
 from processes import alone_and_together, ended, machines
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
@@ -885,7 +891,7 @@ def test_processes_stop_at_the_same_row_and_keep_the_same_weights(tmp_path):
 
 SHARED = """
 from distill_nb.ranks import from_each
-from distill_nb.training import _together
+from distill_nb.contract import _together
 from test_training import *
 class Counts(nn.Sequential):
     asked = 0

@@ -14,12 +14,15 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from distill_nb import methods, run
-from distill_nb.data import CropFlip, ImageData, Measure, Splits, class_weights, few_labels, judged_alike
+from distill_nb.views import CropFlip
+from distill_nb.protocol import Measure, class_weights
+from distill_nb.data import ImageData, Splits, few_labels, judged_alike
 from distill_nb.folders import image_folder
 from distill_nb.sets import dataset_splits
-from distill_nb.training import Supervised, Teacher, describe, evaluate, fit
+from distill_nb.contract import Teacher, describe
+from distill_nb.training import Supervised, evaluate, fit
 from distill_nb.compare import Contender, compare, share_interval, table
-from distill_nb.logits import by_luck, check_teacher
+from distill_nb.exam import by_luck, check_teacher
 from distill_nb.self_distillation import SelfTeacher
 from distill_nb.zoo import build_model
 from distill_nb.methods import METHODS, Task, contender, rehearse

@@ -6,7 +6,8 @@ import pytest, torch
 from distill_nb.files import fingerprint, read_weights, save_weights, stored_classes
 from distill_nb.data import ImageData
 from distill_nb.models import digit_student, digit_teacher, head_name, resnet8, stem_name
-from distill_nb.training import Teacher, predict
+from distill_nb.contract import Teacher
+from distill_nb.training import predict
 from distill_nb.weights import read_checkpoint
 from distill_nb.zoo import (brings_weights, build_model, load_weights, model_names, open_model, opened, package_says)
 from networks import bits, same

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill_nb.data import Batch, Data, Measure
+from distill_nb.protocol import Batch, Data, Measure
 from distill_nb.training import Recipe, Supervised, fit
 
 BYTES, LENGTH = 16, 8

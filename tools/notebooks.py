@@ -5,7 +5,8 @@
     python -m tools.notebooks form [NOTEBOOK ...]   fail where lines or cells are too long, or links would be raw
     python -m tools.notebooks heads                 write badge, install cell and metadata into every notebook
     python -m tools.notebooks references            write all lists of references, fail where a citation is wrong
-    python -m tools.notebooks readme [--check]      make README.md from nbs/index.ipynb, or compare the two
+    python -m tools.notebooks readme [--check]      make README.md and its pictures from nbs/index.ipynb,
+                                                    or compare them
 """
 import argparse, ast, hashlib, io, json, os, re, sys, tempfile, time, tokenize
 from configparser import ConfigParser
@@ -14,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / 'nbs'
+PICTURES = NBS / 'readme_files'  # of README.md
 # Characters of a line in notebooks and in tests and tools; lines of a cell; exported cells in a row.
 WIDTH, CODE_WIDTH, CELL, ROW, OPTIONS = 100, 120, 20, 2, 12
 EXPORTS = {'export', 'exports', 'exporti'}
@@ -275,22 +277,44 @@ def set_references(path):
 
 
 def readme():
-    "README.md as nbs/index.ipynb gives it: its visible cells as Markdown."
+    """README.md as nbs/index.ipynb gives it, and its pictures: the visible cells as Markdown, and `{path: bytes}`.
+
+    A picture is named by its cell, and described by the cell's `#| fig-alt`."""
     import nbformat
     from nbconvert import MarkdownExporter
     nb = nbformat.read(NBS / 'index.ipynb', 4)
     nb.cells = [c for c in nb.cells if 'hide' not in directives(c.source)]
     page = rf"({settings()['site_url']}/\1.html\2)"
+    said = {c.id: directives(c.source).get('fig-alt', c.id).strip('"') for c in nb.cells}
     for c in nb.cells:
         if 'echo' in directives(c.source): c.source = ''
-        if c.cell_type == 'code': c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
         if c.cell_type == 'markdown': c.source = re.sub(r'\((?:\d+_)?(\w+)\.ipynb(#[\w-]*)?\)', page, c.source)
+        if c.cell_type != 'code': continue
+        c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+        for o in c.outputs:
+            if 'image/png' in o.get('data', {}): o.metadata['filename'] = c.id
     nb.metadata['language_info'] = {'name': 'python'}
-    for c in nb.cells:  # no pictures: they would be files of their own
-        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if 'image/png' not in o.get('data', {})]
-    text, _ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r'```python\n+```\n*', '', text)
-    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+    where = os.path.relpath(PICTURES, ROOT)
+    text, found = MarkdownExporter().from_notebook_node(nb, resources={'output_files_dir': where})
+    text = re.sub(rf'!\[png\]\(({where}/(\w+)\.png)\)', lambda m: f'![{said[m[2]]}]({m[1]})', text)
+    text = re.sub(r'```python\n+```\n*|^ +$', '', text, flags=re.M)
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', found['outputs']
+
+
+def readme_is_new():
+    "Whether README.md and its pictures are what nbs/index.ipynb gives."
+    text, pictures = readme()
+    stored = {os.path.relpath(p, ROOT): p.read_bytes() for p in PICTURES.glob('*')}
+    return (ROOT / 'README.md').read_text() == text and stored == pictures
+
+
+def write_readme():
+    "Write README.md and its pictures, and remove those of cells that are gone."
+    text, pictures = readme()
+    (ROOT / 'README.md').write_text(text)
+    PICTURES.mkdir(exist_ok=True)
+    for p in PICTURES.glob('*'): p.unlink()
+    for name, content in pictures.items(): (ROOT / name).write_bytes(content)
 
 
 def main():
@@ -314,11 +338,9 @@ def main():
         sys.exit('not as nbs/references.bib has author, year and address:\n' + '\n'.join(wrong))
     if a.job == 'check' and (old := stale()):
         sys.exit(f"stored outputs are older than their code: {', '.join(old)}; run: python -m tools.notebooks run")
-    if a.job == 'readme':
-        path = ROOT / 'README.md'
-        if a.check and path.read_text() != readme():
-            sys.exit('README.md is not what nbs/index.ipynb gives; run: python -m tools.notebooks readme')
-        if not a.check: path.write_text(readme())
+    if a.job == 'readme' and not a.check: write_readme()
+    if a.job == 'readme' and a.check and not readme_is_new():
+        sys.exit('README.md is not what nbs/index.ipynb gives; run: python -m tools.notebooks readme')
 
 
 if __name__ == '__main__': main()
