@@ -2,7 +2,9 @@
 
 Each notebook is run twice, alone in an empty folder: as it is, and on a pretended GPU, which finds what was left on the
 wrong device. `NOTEBOOK_PYTHON` names the interpreter of another environment to run them in, such as one that holds the
-wheel alone. What is slow, cell or test, is left out unless `--flags slow` asks for it."""
+wheel alone. All kernels are forked from an interpreter that holds the libraries of others (`tools/warm.py`), which take
+longer to load than most notebooks to run; `tools.notebooks run`, of which all outputs come, starts each from nothing.
+What is slow, cell or test, is left out unless `--flags slow` asks for it."""
 import os, sys
 from collections import Counter
 from contextlib import ExitStack
@@ -14,6 +16,7 @@ if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 import pytest
+from tools import warm
 from tools.notebooks import NBS, ROOT, kernel, runs
 
 CARD = f'''import sys, torch
@@ -79,7 +82,7 @@ class Notebook(pytest.Collector):
 
     def setup(self):
         python = os.environ.get('NOTEBOOK_PYTHON', sys.executable)
-        self.run = self.stack.enter_context(kernel(self.nb, python, self.first))
+        self.run = self.stack.enter_context(kernel(self.nb, warm.command(python), self.first))
 
     def teardown(self): self.stack.close()
 

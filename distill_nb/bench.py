@@ -27,6 +27,7 @@ from .views import CropFlip
 from .data import ImageData
 from .sets import load_data
 from .models import count_macs
+from .vit import ViT
 from .devices import best_precision, fit_device, image_order
 from .contract import Teacher
 from .training import Recipe, Run, Setup, Supervised, evaluate, fit
@@ -56,6 +57,7 @@ PAIRS = {
     'large': _Pair('resnet50', 'resnet18', 3, 32, 224, 32, 4, True),
     'digits': _Pair('digit_teacher', 'digit_student', 1, 8, 8, 64, 1, False),
     'small': _Pair('resnet20', 'resnet8', 3, 32, 32, 128, 4, True),
+    'vit': _Pair('resnet20', 'vit_tiny_32', 3, 32, 32, 128, 4, True),
 }
 
 # %% ../nbs/bench.ipynb #e709fa9b
@@ -253,6 +255,19 @@ class Alone(_Ours):
         teacher, student = work.models()
         super().__init__(work, Supervised(student), work.data)
 
+# %% ../nbs/bench.ipynb #vt000301
+class _Timm(_Ours):
+    "`fit` without a teacher, of timm's network with the shape and the weights of our ViT."
+    asks = False
+    def __init__(self, work):
+        from timm.models.vision_transformer import VisionTransformer
+        m, P = work.models()[1], work.student.patch_embed.proj
+        theirs = VisionTransformer(work.data.size, P.kernel_size[0], P.in_channels,
+                                   m.head.out_features, embed_dim=P.out_channels,
+                                   depth=len(m.blocks), num_heads=m.blocks[0].attn.num_heads)
+        theirs.load_state_dict(m.state_dict())
+        super().__init__(work, Supervised(theirs.to(work.device)), work.data)
+
 # %% ../nbs/bench.ipynb #1fdd5864
 class TeacherForward:
     "Only the teacher's answers to one batch."
@@ -274,7 +289,7 @@ class TeacherForward:
 # %% ../nbs/bench.ipynb #5cf2ab8a
 CONTENDERS = {
     'naive': Naive, 'naive_bf16': NaiveBf16, 'pytorch_tutorial': PytorchTutorial,
-    'torchdistill': Torchdistill, 'live': Live, 'cached': Cached, 'alone': Alone,
+    'torchdistill': Torchdistill, 'live': Live, 'cached': Cached, 'alone': Alone, 'timm': _Timm,
     'teacher_forward': TeacherForward}
 
 # %% ../nbs/bench.ipynb #ab000004
@@ -300,7 +315,7 @@ class Taught(_Ours):
         task = Task(lambda: copy.deepcopy(student), teacher, data, data,
                     Recipe(steps=1, batch_size=work.batch_size), setup)
         way = contender(name, task, **METHODS[name].grid[0])
-        objective = way.objective(student)
+        objective = way.objective(way.network(student))
         objective._examine = False  # a step takes as long with a teacher that knows nothing
         self.own, self.before = way.recipe, way.before is not None
         self.answers = _answers(objective)
@@ -315,6 +330,13 @@ def _asked_methods(method):
     must(good, 'method', method, f"all, or different ones of {','.join(METHODS)}")
     return names
 
+def _can_learn(work, name):
+    "Whether the student of the pair can learn by a method; a line on stderr says why it can't."
+    try: Taught(work, name)
+    except ValueError as error: print(f'{name} is left out: {error}', file=sys.stderr)
+    else: return True
+
+# %% ../nbs/bench.ipynb #hs000020
 def _taught(work, names):
     "{(name, kept): contender}, the student alone first, and kept answers where they are used."
     made = {}
@@ -502,12 +524,16 @@ def _make_work(pair, batch_size, device, data=None, root='data', teacher_weights
     return _Work(train, teacher, student, B, device), splits
 
 # %% ../nbs/bench.ipynb #a5b5bedf
-def _available():
+_EXTRAS = {'torchdistill': 'bench', 'timm': 'hub'}
+
+def _available(work):
     "The contenders that can run here; a line on stderr names one that can't."
-    if importlib.util.find_spec('torchdistill'): return list(CONTENDERS)
-    print("torchdistill is left out: it is not installed. It comes with the extra 'bench'.",
-          file=sys.stderr)
-    return [name for name in CONTENDERS if name != 'torchdistill']
+    names = [name for name in CONTENDERS if name != 'timm' or isinstance(work.student, ViT)]
+    for name in [n for n in names if n in _EXTRAS and not importlib.util.find_spec(n)]:
+        print(f"{name} is left out: it is not installed. It comes with the extra "
+              f"'{_EXTRAS[name]}'.", file=sys.stderr)
+        names.remove(name)
+    return names
 
 def _small(work):
     "The same with a few batches of images: enough for timing."
@@ -548,9 +574,11 @@ def _rows(work, contenders, times, peaks, memory):
 def _ratios(times):
     "What our loop costs over the arithmetic that it cannot avoid."
     asked = times['alone'] + times['teacher_forward']
-    return {'naive / cached': times['naive']/times['cached'],
-            'cached / alone': times['cached']/times['alone'],
-            'live / (alone + teacher forward)': times['live']/asked}
+    found = {'naive / cached': times['naive']/times['cached'],
+             'cached / alone': times['cached']/times['alone'],
+             'live / (alone + teacher forward)': times['live']/asked}
+    if 'timm' in times: found['alone / timm'] = times['alone']/times['timm']
+    return found
 
 # %% ../nbs/bench.ipynb #ab000008
 def _method_rows(contenders, times, memory, batch_size):
@@ -613,7 +641,7 @@ def bench_text(
 # %% ../nbs/bench.ipynb #487f7de2
 def _measure_steps(work, pair, steps):
     "Memory, times, peaks and profile of all contenders."
-    names, work, device = _available(), _small(work), work.device
+    names, work, device = _available(work), _small(work), work.device
     asked = [name for name in names if name != 'teacher_forward']
     memory = {name: _peak_memory(name, pair, work.batch_size, device.type) for name in asked}
     contenders = {name: CONTENDERS[name](work) for name in names}
@@ -661,6 +689,7 @@ def _run_bench(given):
     names = _asked_methods(o.method)
     device = fit_device(o.device)
     work, splits = _make_work(o.pair, o.batch_size, device, o.data, o.root, o.teacher_weights)
+    if o.method == 'all': names = [name for name in names if _can_learn(work, name)]
     if o.to_accuracy: check_teacher(work.teacher, splits.valid)
     d, command = work.data, command_line(distill_nb_bench, given)
     about = o.data or f'noise, {d.channels}x{d.size}x{d.size}'
@@ -681,7 +710,7 @@ def _bench_into(out, given):
 
 # %% ../nbs/bench.ipynb #b9d068ae
 def distill_nb_bench(
-    # cifar (resnet56 -> 20), small (resnet20 -> 8), large (ResNet-50 -> 18 at 224) or digits
+    # cifar (resnet56 -> 20), small (resnet20 -> 8), vit, large (ResNet-50 -> 18 at 224) or digits
     pair:str='cifar',
     steps:int=20, # Steps of each contender that are timed
     batch_size:int=None, # Images per step; default: 128, 32 and 64

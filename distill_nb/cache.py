@@ -23,7 +23,7 @@ from .protocol import Batch, Data
 from .models import human
 from .devices import best_precision, fit_device
 from .contract import Teacher, as_given, check_answers, placed, teacher_of
-from .students import check_classes
+from .students import check_classes, check_embedding
 from .training import PRECISIONS, setup_of
 from .answers import _Answers, _Form, _tensors
 
@@ -76,13 +76,21 @@ def leave(self:CachedTeacher):
 def _begin(self:CachedTeacher, dtype, top, temperature):
     "Learn the form of an answer, and refuse what cannot be kept."
     self._look = _LOOK  # batches still to compare
+    fits = top is None or self.outputs != 'embedding'
+    must(fits, 'top', top, 'None: an embedding has no classes of which some could be left out')
+    (width, lead), form = self._shape(), (plain(value) for value in (dtype, top, temperature))
+    self.form = _Form(width, *form, lead)
+    self._check_room()
+
+# %% ../nbs/06_cache.ipynb #em000004
+@patch
+def _shape(self:CachedTeacher):
+    "How many numbers an answer has at each place, and the shape of its places."
+    if self.outputs == 'embedding': return check_embedding(self, self.data, 'the teacher'), ()
     check_classes(self, self.data, 'the teacher')
     one = torch.zeros(1, dtype=torch.long, device=self.data.device)
     y = self.data.get(one, one).y
-    lead = tuple(y.shape[1:-1] if y.is_floating_point() else y.shape[1:])
-    form = (plain(value) for value in (dtype, top, temperature))
-    self.form = _Form(len(self.data.classes), *form, lead)
-    self._check_room()
+    return len(self.data.classes), tuple(y.shape[1:-1] if y.is_floating_point() else y.shape[1:])
 
 # %% ../nbs/06_cache.ipynb #a08da19f
 @patch(as_prop=True)
@@ -271,8 +279,8 @@ def extra_repr(self:CachedTeacher):
     form, n, views = self.form, len(self.data), self.data.n_views
     kept = f'top {form.top} of {form.classes:,}' if form.top else f'{form.classes:,}'
     places = f' x {math.prod(form.lead):,} places' if form.lead else ''
-    size = f'{human(self.nbytes)}B'
-    return f'{n:,} items x {views:,} views{places} x {kept} logits as {form.dtype}, {size}'
+    what, size = 'logits' if self.outputs != 'embedding' else 'numbers', f'{human(self.nbytes)}B'
+    return f'{n:,} items x {views:,} views{places} x {kept} {what} as {form.dtype}, {size}'
 
 # %% ../nbs/06_cache.ipynb #064f1dbd
 @patch

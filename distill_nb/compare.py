@@ -87,9 +87,16 @@ class Contender(NamedTuple):
     data: object                 # The training set: a data set, which compare checks
     recipe: Recipe|None = None   # Of its own, but for keep, patience and rows; None: that of all
     before: Callable|None = None # Trains what make needs, and gives it to make behind the student
+    change: Callable|None = None # From a student to the one that learns in its place; None: itself
+
+    def network(self,
+        student:nn.Module, # New
+    )->nn.Module:
+        "The network that learns, such as the student with one more token."
+        return self.change(student) if self.change else student
 
     def objective(self,
-        student:nn.Module, # New
+        student:nn.Module, # As network gives it
     )->nn.Module:
         "The objective that trains this student."
         return self.make(student, self.before()) if self.before else self.make(student)
@@ -243,7 +250,7 @@ def _check_start(self:_Fresh, start, seed):
 
 # %% ../nbs/compare.ipynb #1302ad34
 def _trials(make_student, contenders, seeds, progress):
-    "Yield seed, name and a new student for each seed and each contender."
+    "Yield seed, name and a new student, as it is to learn, for each seed and each contender."
     must(not isinstance(make_student, nn.Module), 'make_student', type(make_student).__name__,
          'a function that makes a new network, such as lambda: copy.deepcopy(network)')
     todo, fresh = [(s, name) for s in seeds for name in contenders], _Fresh()
@@ -253,7 +260,7 @@ def _trials(make_student, contenders, seeds, progress):
         must(isinstance(student, nn.Module), 'what make_student gives', student,
              'a network (nn.Module)')
         fresh.check(student, seed)
-        yield seed, name, student
+        yield seed, name, contenders[name].network(student)
 
 # %% ../nbs/compare.ipynb #f3f00002
 def _objective(contender, student, name):

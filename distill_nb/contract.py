@@ -35,7 +35,7 @@ class Teacher(nn.Module):
         mean:list=None, # Normalisation of its training, on the scale 0 to 1; None: the data's
         std:list=None, # The same
         size:int|tuple=None, # Side of the images of its training, or (side, crop); None: the data's
-        outputs:str='logits', # What it gives: 'logits', 'probabilities' (a softmax) or 'sigmoid'
+        outputs:str='logits', # 'logits', 'probabilities' (a softmax), 'sigmoid' or 'embedding'
         read=None, # Function from its output to a tensor (B, ..., C); None finds the logits
         reached:dict=None, # By measure, and on how many items: {'accuracy': 0.93, 'items': 180}
     ):
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
 # %% ../nbs/contract.ipynb #a6de0b26
 @patch
 def _check_clauses(self:Teacher):
-    known = 'logits', 'probabilities', 'sigmoid'
+    known = 'logits', 'probabilities', 'sigmoid', 'embedding'
     must(self.outputs in known, 'outputs', self.outputs, 'one of ' + ', '.join(known))
     must((self.mean is None) == (self.std is None), 'mean and std', (self.mean, self.std),
          'given together or not at all')
@@ -61,6 +61,7 @@ def _check_clauses(self:Teacher):
     must(self.mean is None or len(self.mean) == len(self.std), 'mean and std',
          (self.mean, self.std), 'of one length')
     if self.classes is None: return
+    must(self.outputs != 'embedding', 'classes', self.classes, 'left out: an embedding has none')
     names = _listed(self.classes)
     must(isinstance(names, (list, tuple)), 'classes', self.classes, 'a list of names')
     self.classes = different_names(list(map(str, names)))
@@ -289,9 +290,18 @@ def logits_in(
 def _logits(self:Teacher, output):
     "Logits from what the network gives."
     out = self.read(output) if self.read else logits_in(output, 'the teacher')
-    if self.outputs == 'logits': return out
+    if self.outputs in ('logits', 'embedding'): return out
     p = upcast(out)
     return torch.logit(p, eps=1e-6) if self.outputs == 'sigmoid' else p.clamp(min=1e-12).log()
+
+# %% ../nbs/contract.ipynb #em000001
+def _check_embedding(rows, name):
+    "Refuse what is not one finite vector for each item."
+    must(rows.ndim == 2, f'the shape of what {name} gives', tuple(rows.shape),
+         '(B, D), one vector for each image: read=function can make it of another output')
+    if not rows.isfinite().all():
+        raise NotFiniteError(f'{name} gives embeddings that are not finite: its weights are '
+                             'damaged, or its training diverged.')
 
 # %% ../nbs/contract.ipynb #a6de0b36
 @patch
@@ -301,6 +311,7 @@ def check_outputs(self:Teacher,
     "Raise a `ValueError` if the network does not give what its contract says."
     if self.outputs == 'logits': return
     given = self._ask(x)
+    if self.outputs == 'embedding': return _check_embedding(self._logits(given), 'the teacher')
     p = (self.read(given) if self.read else logits_in(given, 'the teacher')).float()
     inside = bool(((p >= 0) & (p <= 1)).all())
     whole_one = bool(((p.sum(-1) - 1).abs() < 0.01).all())

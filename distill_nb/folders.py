@@ -549,10 +549,13 @@ def training_views(
     return CropFlip(pad=form.side//8, flip=True)
 
 # %% ../nbs/folders.ipynb #be312e20
+def _rows(part):
+    "Positions of the images of the three splits; those without labels are for training."
+    return [np.flatnonzero(np.isin(part, k)) for k in ((0, 3), 1, 2)]
+
 def _splits(scan, found, part, how, name):
     "Three parts of what was scanned as data sets, normalised by the first."
-    y, own, form = found.y[scan.rows], part[scan.rows], scan.form
-    rows = [np.flatnonzero(np.isin(own, k)) for k in ((0, 3), 1, 2)]
+    y, rows, form = found.y[scan.rows], _rows(part[scan.rows]), scan.form
     mean, std = channel_stats(scan.counts(rows[0]))
     size = how.size if scan.size == form.side else scan.size
     shapes = torch.from_numpy(np.stack([scan.seen['height'], scan.seen['width']], 1))
@@ -795,12 +798,8 @@ class Read(NamedTuple):
     report: FolderReport
 
 # %% ../nbs/folders.ipynb #b0fe66c5
-def read_folder(
-    path:str|Path,  # Folder in one of the two layouts
-    unlabelled:str|Path|list|None=(),  # Folders of more images, without labels: one path or several
-    **reading,  # Fields of Reading: size, valid, seed, skip_damaged, duplicates and so on
-)->Read:
-    "Your own images as splits, and a report of what was understood."
+def _read(path, unlabelled, reading):
+    "A folder as it is read, and the files of its splits, in the order of their images."
     how, given, left_out = _reading(reading), _paths(unlabelled), {}
     if not is_path(path) or not (root := Path(path).expanduser()).is_dir():
         raise ValueError(f'path must be a folder with images, but {str(path)!r} is none.')
@@ -811,7 +810,17 @@ def read_folder(
     part, copies = _sort(found, seen, layout, how, root)
     report = _report_of(path, layout, found, part, left_out, form='', notices=notices + copies)
     splits = judged_alike(_splits(seen, found, part, how, name))
-    return Read(splits, replace(report, form=_form_text(seen, splits.train)))
+    files = {k: [seen.files[i] for i in rows] for k, rows in zip(_SPLITS, _rows(part[seen.rows]))}
+    return Read(splits, replace(report, form=_form_text(seen, splits.train))), files
+
+# %% ../nbs/folders.ipynb #er0f0001
+def read_folder(
+    path:str|Path,  # Folder in one of the two layouts
+    unlabelled:str|Path|list|None=(),  # Folders of more images, without labels: one path or several
+    **reading,  # Fields of Reading: size, valid, seed, skip_damaged, duplicates and so on
+)->Read:
+    "Your own images as splits, and a report of what was understood."
+    return _read(path, unlabelled, reading)[0]
 
 # %% ../nbs/folders.ipynb #b0fe66c1
 def image_folder(

@@ -70,6 +70,9 @@ def open_student(
     except (ValueError, OSError) as e:
         if str(path) in str(e) or architecture is not None: raise
         raise ValueError(f'{str(path)!r} cannot be opened: {str(e):.300}') from e
+    if found.teacher.outputs == 'embedding':
+        raise ValueError(f'{str(path)!r} holds a network without classes, which gives embeddings: '
+                         'open it with open_model, and embed(network, data) gives them.')
     for line in found.said: print(f'student: {line}', file=sys.stderr)  # stdout is for the table
     return found.teacher, _form(facts, _mode(found.teacher), path)
 

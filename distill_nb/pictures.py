@@ -239,6 +239,33 @@ def _average(b):
     b.write(1.13, _TOP - .03, 'view 1', True)
     b.write(1.13, _MID + .03, 'view 2', True)
 
+# %% ../nbs/pictures.ipynb #hs000031
+def _token(b):
+    _images(b), _teacher(b), _student(b, 'student\nclass token'), _hard(b)
+    _bars(b, _ASIDE, (.06, .16, .36, .16), True)
+    _arrow(b, (_NET + .55, _MID + .28), (_NET + .55, _ASIDE), (_ANSWER - .43, _ASIDE), new=True)
+    b.write(_NET + .47, _ASIDE, 'distillation token', True, ha='right')
+    _loss(b, _ASIDE, 'soft loss\nα · T² · KL', (_TOP, _ASIDE), True)
+
+def _no_labels(b): _box(b, _NET, _LOW, 'no labels', ghost=True)
+
+def _embedding(b):
+    _images(b), _teacher(b, 'teacher\nwithout its head', True), _bars(b, _MID, _STUDENTS, True)
+    _box(b, 2.2, _MID, 'student\nlearns', width=1.)
+    _box(b, 3.28, _MID, 'W', True, width=.5)
+    _arrow(b, (2.7, _MID), (3.03, _MID), new=True)
+    _arrow(b, (3.53, _MID), (_ANSWER - .43, _MID), new=True)
+    b.write(3.28, .93, 'thrown away later', True)
+    b.write(_ANSWER, _ASIDE, 'vectors', True)
+    _loss(b, _ASIDE, 'embedding loss\n1 − cosine', (_TOP, _MID), True), _no_labels(b)
+
+# %% ../nbs/pictures.ipynb #hs000032
+def _dino(b):
+    _images(b, new_to=(_TOP, _MID)), _student(b), _soft(b, 'of two crops', True), _no_labels(b)
+    _teacher(b, 'teacher\nmoving average', True), _upwards(b, 'averaged')
+    b.write(1.13, _TOP - .03, 'large', True)
+    b.write(1.13, _MID + .03, 'all', True)
+
 # %% ../nbs/pictures.ipynb #fa000027
 def _generator(b):
     _images(b, 'generator', True), _teacher(b), _student(b), _soft(b, 'T² · KL')
@@ -255,8 +282,8 @@ def _inversion(b):
 
 # %% ../nbs/pictures.ipynb #fa000028
 _KINDS = dict(alone=_alone, logits=_logits, cache=_cache, features=_features,
-              generations=_generations, exits=_exits, average=_average, generator=_generator,
-              inversion=_inversion)
+              generations=_generations, exits=_exits, average=_average, token=_token,
+              embedding=_embedding, dino=_dino, generator=_generator, inversion=_inversion)
 
 # %% ../nbs/pictures.ipynb #fa00002a
 def draw_kind(

@@ -407,7 +407,8 @@ def _html_classes(result):
 _TAUGHT, _THOSE = 'sees all images and the teacher answers for the rest', 'sees those, too'
 _SEES = {'alone': _THOSE, 'byot': _THOSE, 'data_free': 'sees no image',
          'born_again': 'sees all images and an earlier student answers for the rest',
-         'self': 'sees all images and its own average answers for the rest'}
+         **dict.fromkeys(('self', 'dino'),
+                         'sees all images and its own average answers for the rest')}
 
 def _who_sees(rows):
     "Which images the distilled students see where few have a label."

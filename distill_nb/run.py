@@ -27,8 +27,9 @@ from .data import few_labels, judged_alike
 from .folders import Reading, read_folder
 from .sets import _SETS, _archives, load_data
 from .models import human, profile_model
+from .vit import ViT
 from .devices import fit_device
-from .contract import Teacher
+from .contract import Teacher, placed
 from .students import logits_of
 from .training import PRECISIONS, Recipe, Setup, Supervised, evaluate, fit, predict
 from .tracking import tracker
@@ -540,9 +541,17 @@ def _student(o, p, train):
     "A function that makes a new student; it is tried once."
     name = p.student if o.student is None else o.student
     make = partial(build_model, name, len(train.classes), train.channels, train.size)
-    make()
+    _check_token(o, name, make())
     return make
 
+def _check_token(o, name, made):
+    "Refuse a student that gets a token in its run and could not be opened by name afterwards."
+    lacks = isinstance(made, ViT) and not hasattr(made, 'dist_token')
+    must(not lacks or 'token' not in o.methods or name.startswith('vit_'), 'student', name,
+         'a ViT that has its token already, ViT(..., token=True): method token would add one to '
+         'it, and only to the ViTs of this package is a name known for that')
+
+# %% ../nbs/run.ipynb #hs000014
 def _teacher(o, p, data):
     "The teacher, and whether it was trained already."
     torch.manual_seed(0)
@@ -555,14 +564,22 @@ def _teacher(o, p, data):
         print('teacher: it is trained already, so teacher_epochs is not used', flush=True)
     return teacher, trained
 
+# %% ../nbs/run.ipynb #er000001
+def _from_scratch(recipe, model):
+    "The recipe of a preset for a new network: transformers want AdamW, small steps and time."
+    kinds = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))]
+    if not kinds or any(isinstance(m, nn.BatchNorm2d) for m in kinds): return recipe
+    return replace(recipe, optimizer='adamw', lr=2e-3, weight_decay=0.05, clip=1.,
+                   epochs=max(recipe.epochs, 30))
+
 # %% ../nbs/run.ipynb #b17b6038
-def _recipes(o, p, size):
+def _recipes(o, p, size, teacher, student):
     "The recipes of teacher and student: those of the preset, with what was given."
     name = p.teacher if o.teacher is None else o.teacher
     own = o.teacher_weights == 'none' or not brings_weights(name, size)
-    teaching = p.teaching if own else PRESETS['large'].teaching
+    teaching = _from_scratch(p.teaching, teacher) if own else PRESETS['large'].teaching
     return {'teacher': replace(teaching, **o.recipe('lr') | o._teacher_epochs()),
-            'student': replace(p.learning, **o.recipe())}
+            'student': replace(_from_scratch(p.learning, student), **o.recipe())}
 
 # %% ../nbs/run.ipynb #8f35dc74
 def _class_weights(o, train):
@@ -621,7 +638,7 @@ def prepare(
     make_student = _student(o, p, train)
     teacher, trained = _teacher(o, p, data)
     answers = _ways(o, teacher, train, setup)
-    recipes = _recipes(o, p, train.size)
+    recipes = _recipes(o, p, train.size, teacher.model, make_student())
     tasks = _tasks(o, train, make_student, teacher, recipes['student'], answers)
     return Job(o, folder, setup, data, teacher, trained, recipes, tasks, answers, report)
 
@@ -736,12 +753,24 @@ def _student_row(row, job, comparison, cost):
                   'runs': [{k: v for k, v in run.items() if k != 'model'} for run in own],
                   **cost, 'seconds_per_epoch': row['seconds'] / epochs}
 
+# %% ../nbs/run.ipynb #hs000013
+def _costs(job, found):
+    "{model: what its student costs}, measured once for all of a size."
+    image = job.data.train.channels, job.data.train.size, job.data.train.size
+    students = {n: s for f in found.values() for n, (_, s) in f.comparison.students.items()}
+    sizes = {n: sum(p.numel() for p in s.parameters()) for n, s in students.items()}
+    def measured(student):
+        with placed(student, job.setup.device): return profile_model(student, image)._asdict()
+    one_of = {k: students[n] for n, k in sizes.items()}
+    costs = {k: measured(student) for k, student in one_of.items()}
+    return {n: costs[k] for n, k in sizes.items()}
+
 # %% ../nbs/run.ipynb #6497b9fb
-def _setting_rows(job, setting, found, teacher, cost):
+def _setting_rows(job, setting, found, teacher, costs):
     arms = {arm.name: arm for arm in found.arms}
     rows = [{'setting': setting} | teacher | found.comparison.teacher]
     for r in found.comparison.rows():
-        row = {'setting': setting} | _student_row(r, job, found.comparison, cost)
+        row = {'setting': setting} | _student_row(r, job, found.comparison, costs[r['model']])
         if arm := arms.get(r['model']):
             row |= {'method': arm.method, 'chosen': found.chosen[arm.name]}
             if arm.cache: row |= {'cache': arm.cache, 'answers': job.answers[arm.cache]}
@@ -750,12 +779,9 @@ def _setting_rows(job, setting, found, teacher, cost):
 
 def _rows(job, found, teacher_seconds):
     "A row for each setting and model, in the schema of distill_nb/results."
-    image = job.data.train.channels, job.data.train.size, job.data.train.size
-    make_student = next(iter(job.tasks.values())).make_student
-    teacher = _teacher_row(job, teacher_seconds)
-    cost = profile_model(make_student().to(job.setup.device), image)._asdict()
+    teacher, costs = _teacher_row(job, teacher_seconds), _costs(job, found)
     return [row for setting, f in found.items()
-            for row in _setting_rows(job, setting, f, teacher, cost)]
+            for row in _setting_rows(job, setting, f, teacher, costs)]
 
 # %% ../nbs/run.ipynb #3c73271e
 def _classes(job):
@@ -799,6 +825,12 @@ def _facts(seen, valid, measure, value):
             'crop': seen.sight.crop, 'mean': seen.mean, 'std': seen.std,
             f'valid_{measure.name}': value, 'valid_items': valid.sample_size(measure)}
 
+# %% ../nbs/run.ipynb #hs000011
+def _with_its_token(name, student):
+    "The name that opens the student again."
+    more = isinstance(student, ViT) and hasattr(student, 'dist_token')
+    return name + '_token' if more and not name.endswith('_token') else name
+
 # %% ../nbs/run.ipynb #9f217a7d
 def _save_networks(job, found):
     "Save the best distilled student and the teacher, with what one must know of them."
@@ -811,7 +843,7 @@ def _save_networks(job, found):
     names = _architectures(job.options, train)
     reached = evaluate(teacher, valid.to(job.setup.device))[measure.name]
     save_weights(student, folder/'student.safetensors', train.classes, setting=setting,
-                 architecture=names['student'], trained=name,
+                 architecture=_with_its_token(names['student'], student), trained=name,
                  **_facts(train, valid, measure, value))
     save_weights(teacher.model, folder/'teacher.safetensors', teacher.classes or train.classes,
                  architecture=names['teacher'],

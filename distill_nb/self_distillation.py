@@ -219,8 +219,19 @@ class SelfTeacher(Objective):
         self.teacher_temperature = teacher_temperature
         self.register_buffer('class_weights', class_weights, persistent=False)
         self._check_settings()
-        self.teacher = MovingAverage(student, momentum)
-        self.register_buffer('centre', torch.zeros(len(data.classes)))
+        self._follow(student, momentum, len(data.classes))
+
+# %% ../nbs/08_self.ipynb #dn080002
+@patch
+def _follow(self:SelfTeacher, network, momentum, outputs):
+    "Begin with a teacher that is a copy, and a centre of 0 for each of its outputs."
+    self.teacher = MovingAverage(network, momentum)
+    self.register_buffer('centre', torch.zeros(outputs))
+
+@patch
+def _followed(self:SelfTeacher):
+    "The network whose moving average the teacher is."
+    return self.model
 
 # %% ../nbs/08_self.ipynb #12b5f2d9
 @torch.compiler.disable
@@ -253,19 +264,28 @@ def _share(weight, batch):
     counted = len(batch.x) if batch.weight is None else rows_there(batch.weight).sum()
     return rows_there(weight).sum() / max(counted, 1)
 
+@patch
+def _hard(self:SelfTeacher, z, batch):
+    return hard_loss(z, batch.y, class_weights=self.class_weights, weight=batch.weight)
+
 # %% ../nbs/08_self.ipynb #2586ede8
 @patch
 def forward(self:SelfTeacher, batch:Batch)->dict:
     "The losses `{'hard': ..., 'self': ...}`; in train mode teacher and centre move."
-    if self.training and _begins(self.model): self.teacher.update(self.model)
+    if self.training and _begins(self.model): self.teacher.update(self._followed())
+    return self._taught(batch)
+
+# %% ../nbs/08_self.ipynb #dn080011
+@patch
+def _taught(self:SelfTeacher, batch):
+    "The losses of a batch; afterwards the centre moves."
     second = self._second(batch)
     own, v = heads(self.model(batch.x), self.model), upcast(self.teacher(second.x))
     weight = _in_both(batch.weight, second.weight)
     taus = self.student_temperature, self.teacher_temperature
     def parts(z):
         across = view_loss(z, v, self.centre, *taus, weight) * _share(weight, batch)
-        hard = hard_loss(z, batch.y, class_weights=self.class_weights, weight=batch.weight)
-        return {'hard': hard, 'self': self.weight * across}
+        return {'hard': self._hard(z, batch), 'self': self.weight * across}
     losses = own.losses(parts)
     if self.training: self._move_centre(v if weight is None else v[weight > 0])
     return losses
@@ -294,8 +314,8 @@ def check(self:SelfTeacher,
     "As every objective; and the items must be those from which the second views are made."
     super(SelfTeacher, self).check(data, valid)
     if data.fingerprint() != self.data.fingerprint():
-        raise ValueError('data must be the data set that was given to SelfTeacher, which makes the '
-                         'second views, but is another one.')
+        raise ValueError(f'data must be the data set that was given to {type(self).__name__}, '
+                         'which makes the other views, but is another one.')
 
 @patch
 def extra_repr(self:SelfTeacher):

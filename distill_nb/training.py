@@ -241,6 +241,8 @@ class Objective(nn.Module):
                                   '{name: loss}')
 
 # %% ../nbs/fit.ipynb #b57c02f4
+Objective.measures = ()  # what measure gives, where it is not what the data measure
+
 @patch
 def check(self:Objective,
     data, # The training set
@@ -417,7 +419,7 @@ class Run:
         valid=None, # As in fit
         setup:Setup=Setup(), # Where it takes place, and what it leaves
     ):
-        _check_valid(data, valid, recipe)
+        _check_valid(data, valid, recipe, getattr(objective, 'measures', ()))
         self.objective, self.recipe, self.setup = objective, recipe, setup
         self.checkpoint = None if setup.folder is None else Checkpoint(setup.folder)
         with apart():
@@ -432,7 +434,7 @@ def _begin(self:Run, data, valid):
     self.data, self.valid = data.to(device), None if valid is None else valid.to(device)
     self._check()
     self.total = self.recipe.total_steps(len(data))
-    measure = self.valid.measures[0] if self.valid is not None and self.valid.measures else None
+    measure = _primary(self.objective, self.valid)
     self.step, self.best, self.failed = 0, {}, set()
     self.history = History([], {}, 0., environment(device), measure, self.total)
     self.noise = int(mix(self.recipe.seed, self.accelerator.process_index)) % 2**48
@@ -704,7 +706,7 @@ def _show(self:Run, bar, steps):
     bar.update(steps)
 
 # %% ../nbs/fit.ipynb #ad6c92e0
-def _check_valid(data, valid, recipe):
+def _check_valid(data, valid, recipe, measures=()):
     "Refuse a split that can not be measured, and a recipe that needs one that is not there."
     without = 'without a validation split, by which the best is found'
     if valid is None:
@@ -715,10 +717,18 @@ def _check_valid(data, valid, recipe):
     unnamed = list(data.classes) == numbers and set(numbers).isdisjoint(valid.classes)
     for i, (own, other) in enumerate(zip(data.classes, valid.classes)):
         must(own == other or unnamed, f'class {i} of valid', other, f'{own!r}, as in data')
+    if measures: return  # the objective's own, which may want no labels
     must(valid.measures, 'measures of valid', valid.measures, 'at least one Measure')
     if (missing := len(valid) - int(valid.labelled.sum())):
         raise ValueError(f'valid must have a label for each of its {len(valid):,} items, '
                          f'but {missing:,} have none.')
+
+# %% ../nbs/fit.ipynb #em000003
+def _primary(objective, valid):
+    "What is measured first: by the objective's own measures, or else by the data's."
+    if valid is None: return None
+    measures = getattr(objective, 'measures', ()) or valid.measures
+    return measures[0] if measures else None
 
 # %% ../nbs/fit.ipynb #b5e0a10b
 @patch

@@ -27,7 +27,9 @@ from .models import (WideResNet, checked_state, digit_student, digit_teacher, he
                                resnet32x4, resnet34, resnet44, resnet50, resnet56, resnet8,
                                resnet8x4, stem_name, transfer_weights, wrn_16_1, wrn_16_2,
                                wrn_40_1, wrn_40_2)
+from .vit import vit_small_224, vit_small_32, vit_tiny_224, vit_tiny_32, vit_tiny_8
 from .contract import Teacher, teacher_of
+from .embeddings import Embedder, headless
 
 # %% ../nbs/zoo.ipynb #ce27b831
 _torchvision_resnets = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
@@ -36,10 +38,12 @@ _models = dict(
     resnet8=resnet8, resnet14=resnet14, resnet20=resnet20, resnet32=resnet32, resnet44=resnet44,
     resnet56=resnet56, resnet110=resnet110, resnet8x4=resnet8x4, resnet32x4=resnet32x4,
     wrn_16_1=wrn_16_1, wrn_16_2=wrn_16_2, wrn_40_1=wrn_40_1, wrn_40_2=wrn_40_2)
-_models |= _torchvision_resnets
+_vits = dict(vit_tiny_8=vit_tiny_8, vit_tiny_32=vit_tiny_32, vit_small_32=vit_small_32,
+             vit_tiny_224=vit_tiny_224, vit_small_224=vit_small_224)
+_models |= _torchvision_resnets | _vits
 
 def model_names() -> list:
-    "The names that need neither a prefix nor a number"
+    "The names that need neither a prefix nor a number; a ViT's may end in _token"
     return list(_models)
 
 # %% ../nbs/zoo.ipynb #943c5acc
@@ -243,12 +247,18 @@ def _kind(name):
     if kind in _prefixed: return kind, word
     return ('file' if re.search(r'\.py(:\w*)?$', name) else ''), name
 
+# %% ../nbs/zoo.ipynb #vt000202
 _WIDE = r'wrn_(\d+)_(\d+)'
+
+def _is_vit(name): return name.removesuffix('_token') in _vits
+
+def _is_ours(name): return name in _models or _is_vit(name) or bool(re.fullmatch(_WIDE, name))
 
 def _check_ours(name):
     "Refuse a name that is neither ours nor has a prefix"
-    if name in _models or re.fullmatch(_WIDE, name): return
-    known = f"{', '.join(_models)}, wrn_DEPTH_WIDTH, torchvision:NAME, timm:NAME, hf:NAME"
+    if _is_ours(name): return
+    known = (f"{', '.join(_models)}, a vit_… with _token, wrn_DEPTH_WIDTH, torchvision:NAME, "
+             'timm:NAME, hf:NAME')
     more = f" For the folder '{name}' say hf:{name}." if os.path.isdir(name) else ''
     raise ValueError(f"There is no model '{name}'; there are {known} and FILE.py:FUNCTION.{more}")
 
@@ -259,6 +269,9 @@ def _build(name, classes, channels, size):
     if kind: return _prefixed[kind](word, classes, channels, size)
     _check_ours(name)
     if m := re.fullmatch(_WIDE, name): return WideResNet(int(m[1]), int(m[2]), classes, channels)
+    if _is_vit(name):
+        make, token = _vits[name.removesuffix('_token')], name.endswith('_token')
+        return make(classes, channels, size, token)
     more = dict(stem='cifar' if size <= 64 else 'imagenet') if name in _torchvision_resnets else {}
     return _models[name](classes=classes, channels=channels, **more)
 
@@ -270,8 +283,7 @@ def _why(name, e):
         return f'{file.name} {_fails(e, file)}'
     if file and not isinstance(e, ValueError): return f'{type(e).__name__}: {reason(e)}'
     other = isinstance(e, (RuntimeError, AssertionError, TypeError, IndexError))
-    return reason(e) if other else None
-
+    return reason(e) if other or _is_vit(name) else None
 
 # %% ../nbs/zoo.ipynb #454b7401
 def _tried(name, classes, channels, size):
@@ -353,20 +365,26 @@ def _turns(model, state, turned, order):
     return torch.allclose(after, before, near, near * before.abs().max().item(), equal_nan=True)
 
 
+# %% ../nbs/zoo.ipynb #vt000200
+def _two_heads(model, n):
+    "The heads of class token and distillation token, if these are all layers with n outputs"
+    own = [k for k, m in model.named_modules() if getattr(m, 'out_features', None) == n]
+    return own if sorted(k.rpartition('.')[2] for k in own) == ['head', 'head_dist'] else []
+
 # %% ../nbs/zoo.ipynb #e9815e73
 def _in_order(model, state, order, source):
     "`state` with the rows of the head of `model` in this order"
-    try: head = head_name(model, len(order))
+    try: heads = _two_heads(model, len(order)) or [head_name(model, len(order))]
     except ValueError as e:
         said = f"'{source}' has the classes in another order than the data. {e}"
         raise ValueError(said) from None
-    keys = [k for k, _ in model.get_submodule(head).named_parameters(head)]
+    keys = [k for head in heads for k, _ in model.get_submodule(head).named_parameters(head)]
     turned = state | {k: state[k][order] for k in keys}
     if not _turns(model, state, turned, order):
         raise ValueError(f"'{source}' has the classes in another order than the data, and more "
-                         f'than the head ({head}) of the network depends on it. Teacher(network, '
-                         'classes=[names in the order of the file]) and open_model pick the '
-                         'outputs by name.')
+                         f"than the head ({', '.join(heads)}) of the network depends on it. "
+                         'Teacher(network, classes=[names in the order of the file]) and '
+                         'open_model pick the outputs by name.')
     return turned
 
 # %% ../nbs/zoo.ipynb #6fd61a5b
@@ -554,6 +572,10 @@ class Opened(NamedTuple):
     trained:bool|None  # Does it know its classes already? None: nobody says
 
 # %% ../nbs/zoo.ipynb #597ed0d3
+def _usual_size(name):
+    "The side of images that a network is made for where nobody says it"
+    return _vits[name.removesuffix('_token')].args[0][0] if _is_vit(name) else 32
+
 def _made(name, asked):
     "What stands behind a name, for what the caller asks or else the package says"
     kind, size = _kind(name)[0], asked.size or asked.images
@@ -564,7 +586,7 @@ def _made(name, asked):
         return make(name, outputs, asked.channels or 3, size)
     if not kind: _check_ours(name)
     must(outputs, 'classes', outputs, 'the names of the classes, or their number')
-    return _tried(name, outputs, asked.channels or 3, size or 32)
+    return _tried(name, outputs, asked.channels or 3, size or _usual_size(name))
 
 # %% ../nbs/zoo.ipynb #018a08b5
 def _new(name, asked):
@@ -661,10 +683,13 @@ def _from_package(name, asked):
     must(says, 'weights', 'imagenet', f"a file or 'none' for {name}: no package has weights of it")
     must(channels in (1, 3), 'channels', channels, f'3 or 1 for the pretrained weights of {name}')
     (names, outputs, fresh), size = _heads(says, asked), asked.size or says.size
-    must(outputs, 'classes', None, f'given, since the weights of {name} have no head')
     kind, word = _package(name)
+    without = kind == 'timm' and outputs == 0
+    must(outputs or without, 'classes', None, f'given, since the weights of {name} have no head')
     model, changed = _pretrained[kind](word, outputs, channels, size, fresh)
-    teacher = Teacher(model, names, says.mean, says.std, (size, says.crop))
+    if without: model, changed = Embedder(model), [*changed, 'without classes: embeddings']
+    outputs = 'embedding' if without else 'logits'
+    teacher = Teacher(model, names, says.mean, says.std, (size, says.crop), outputs)
     line = f"pretrained weights of {name}; {'; '.join(changed) or 'nothing is new'}"
     new = next((c.removesuffix(' is new') for c in changed if c.endswith(' is new')), '')
     return Opened(teacher, [line], new, not new)
@@ -716,6 +741,7 @@ def _file_asked(name, stored, asked):
     if not size and _kind(name)[0] in _facts:
         says = package_says(name)
         if says.fixed: size = says.size
+    if not size and _is_vit(name): size = _usual_size(name)
     return asked._replace(names=names, outputs=len(names) if names else asked.outputs,
                           channels=channels or (mean and len(mean)), size=size)
 
@@ -723,7 +749,7 @@ def _file_asked(name, stored, asked):
 def _counted(name, stored, asked):
     "What is asked for, with the outputs, channels and stem that the tensors of a file show"
     if None not in asked[1:4]: return asked
-    size = asked.size or asked.images or 32
+    size = asked.size or asked.images or _usual_size(name)
     model = teacher_of(_build(name, asked.outputs or 10, asked.channels or 3, size)).model
     if any(map(is_lazy, model.parameters())):
         known = asked.size or asked.images, asked.channels, asked.outputs
@@ -747,6 +773,7 @@ def _from_file(name, path, asked):
     index = _kind(name)[0] == 'hf' and str(path).endswith('.index.json')
     must(not index, 'weights', str(path), f'a file of tensors, and not a list of files.{_SAVED}')
     stored = read_checkpoint(path)
+    if stored.facts.get('outputs') == 'embedding': return _embedding_file(name, stored, asked)
     wishes, asked = asked.names, _file_asked(name, stored, asked)
     counted = _counted(name, stored, asked)
     made = teacher_of(_made(name, counted))
@@ -759,6 +786,25 @@ def _from_file(name, path, asked):
     given = {k: v for k, v in clauses.items() if v is not None}
     said = fitted.said + aux + _turned(stored, wishes, path)
     return Opened(Teacher(made.model, **made.contract | given), said, '', True)
+
+# %% ../nbs/zoo.ipynb #em300002
+def _embedding_file(name, stored, asked):
+    "A network without classes, with the weights of a file that says so"
+    path, facts = stored.source, stored.facts
+    if asked.outputs is not None:
+        raise ValueError(f"'{path}' holds a network without classes, which gives embeddings: "
+                         'leave the classes out, and use it with Embed(student, teacher).')
+    asked = _counted(name, stored, _file_asked(name, stored, asked)._replace(outputs=2))
+    own = _kind(name)[0] == 'file'
+    model = teacher_of(_made(name, asked._replace(outputs=None) if own else asked)).model
+    whole = own and set(model.state_dict()) <= set(fitting(stored, model).state)
+    made = Embedder(model) if whole else headless(model)
+    fitted, size = fitting(stored, made.model), asked.size
+    said = fitted.said + _load(made.model, fitted.state, path, name)
+    mean, std = _normalisation(facts, asked.channels, path)
+    size = size and (size, _fact(facts, 'crop', path, 0.01, 1, float) or 1.)
+    clauses = dict(mean=mean, std=std, size=size, reached=_reached(facts, path))
+    return Opened(Teacher(made, outputs='embedding', **clauses), said, '', True)
 
 # %% ../nbs/zoo.ipynb #c69ad499
 def _turned(stored, names, path):
@@ -807,7 +853,7 @@ def _made_for(state, own, model):
 # %% ../nbs/zoo.ipynb #3ea73ac9
 def _is_weights(name):
     "Is a name that of a file of weights?"
-    known = _kind(name)[0] or name in _models or re.fullmatch(r'wrn_\d+_\d+', name)
+    known = _kind(name)[0] or _is_ours(name)
     path = Path(name.partition('::')[0])
     return not known and (path.is_file() or path.suffix in _SUFFIXES)
 

@@ -37,6 +37,7 @@ from distill_nb.compare import Comparison, Contender
 from distill_nb.protocol import Batch, Data, Measure
 from distill_nb.data import ImageData, Splits
 from distill_nb.doors import _Kind
+from distill_nb.distillation_token import DistillToken
 from distill_nb.features import FeatureDistill, Hint, Term
 from distill_nb.files import save_weights
 from distill_nb.folders import read_folder
@@ -52,6 +53,7 @@ from distill_nb.contract import Teacher
 from distill_nb.students import Heads
 from distill_nb.history import Checkpoint, History
 from distill_nb.training import Objective, Recipe, Setup, Supervised
+from distill_nb.vit import ViT
 from distill_nb.weights import read_checkpoint
 
 SECONDS = 1  # of the processor, that a call may take
@@ -273,6 +275,17 @@ WITHOUT |= {'imagenet_weights'}
 INSTANCES |= {}
 
 
+# vit
+def little_vit(): return ViT(4, 2, 8, 1, 2, 3, 1)
+
+
+GOOD |= {'Attention.forward.x': lambda: torch.zeros(2, 5, 8), 'Patches.forward.x': lambda: torch.zeros(2, 1, 4, 4),
+         'ViT.size': lambda: 4, 'ViT.patch': lambda: 2, 'ViT.width': lambda: 8,
+         'ViT.tokens.x': lambda: torch.zeros(2, 1, 4, 4), 'ViT.forward.x': lambda: torch.zeros(2, 1, 4, 4),
+         'ViT.positions.grid': lambda: (2, 3), 'with_token.model': little_vit}
+INSTANCES |= {'ViT': little_vit}
+
+
 # devices, contract, students, history, training
 GOOD |= {'Teacher.answers.x': lambda: batch().x, 'logits_of.x': lambda: batch().x, 'check_heads.x': lambda: batch().x,
          'Teacher.check_outputs.x': lambda: batch().x, 'logits_in.output': logits, 'heads.output': logits,
@@ -332,6 +345,16 @@ GOOD |= {}
 INSTANCES |= {}
 
 
+# distillation_token
+def _two_headed(): return ViT(4, 2, 8, 1, 2, 3, 1, True)
+
+
+GOOD |= {'DistillToken.student': _two_headed, 'DistillToken.teacher': knowing, 'token_attention.model': _two_headed,
+         'DistillToken.learned.own': lambda: Heads(logits(), logits(1)), 'DistillToken.learned.v': logits,
+         'token_attention.x': lambda: images(6).get(torch.arange(6)).x}
+INSTANCES |= {'DistillToken': lambda: DistillToken(_two_headed(), knowing(), examine=False)}
+
+
 # taps, features, similarity
 def _maps(n=2): return torch.rand(6, n, 4, 4)
 
@@ -363,6 +386,54 @@ WORDS |= {k: 'layers?' for k in ('names', 'student_layers', 'teacher_layers')}
 WORDS |= {f'{side}_layer': f'{side}_layers' for side in ('student', 'teacher')} | {'terms': 'term'}
 
 
+# taps (of transformers), tokens
+def _blocks():
+    from distill_nb.vit import ViT
+    return ViT(4, 2, 4, 1, 2, 3, 1)
+
+
+def _compared(): return torch.rand(6, 2, 5, 4)  # images, heads, tokens, numbers
+def _qkv(): return torch.rand(6, 3, 2, 5, 4)
+
+
+GOOD |= {'attention_names.model': _blocks, 'patch_map.features': lambda: torch.rand(6, 5, 4),
+         'layer_map.student': _blocks,
+         'layer_map.teacher': _blocks, 'log_relations.queries': _compared, 'log_relations.keys': _compared,
+         'attention_scores.qkv': _qkv, 'Relations.heads': lambda: 2, 'Relations.compared': lambda: ('qq',),
+         'relation_loss.heads': lambda: 2, 'log_relations.heads': lambda: 2}
+GOOD |= {f'relation_loss.{n}': _compared for n in ('student', 'teacher', 'student_keys', 'teacher_keys')}
+GOOD |= {f'attention_map_loss.{side}_maps': lambda: torch.rand(6, 2, 5, 5) for side in ('student', 'teacher')}
+GOOD |= {f'Relations.forward.{side}_features': lambda: [_qkv()] for side in ('student', 'teacher')}
+GOOD |= {f'AttentionMaps.forward.{side}_features': lambda: [_qkv()] for side in ('student', 'teacher')}
+WORDS |= {'queries': 'queries', 'qkv': 'qkv', 'heads': 'heads'}
+# embeddings, embed
+def _placed(n=6): return torch.randn(n, 5, generator=torch.Generator().manual_seed(n))
+
+
+def _embedding():
+    from distill_nb.embeddings import embedding_teacher
+    return embedding_teacher(net())
+
+
+def _embedded():
+    from distill_nb.embed import Embed
+    objective = Embed(net(), _embedding())
+    objective.check(images(24))
+    return objective
+
+
+GOOD |= {f'{f}.{name}': _placed for f in ('knn_accuracy', 'linear_accuracy') for name in ('train', 'test')}
+GOOD |= {f'{f}.{name}': GOOD['labels'] for f in ('knn_accuracy', 'linear_accuracy') for name in ('train_y', 'test_y')}
+GOOD |= {'embeddings': _placed, 'neighbour_agreement.a': _placed, 'neighbour_agreement.b': _placed,
+         'neighbour_agreement.k': lambda: 2, 'nearest.k': lambda: 2, 'knn_accuracy.k': lambda: 2,
+         'Embed.teacher': _embedding,
+         'check_embedding.model': _embedding, 'embedding_loss.student_embeddings': _placed,
+         'embedding_loss.teacher_embeddings': _placed, 'embedding_loss.weight': lambda: torch.ones(6),
+         'Embed.weight': lambda: 1., 'Embed.prepare.d': lambda: 8, 'Embed.prepare.D': lambda: 8}
+INSTANCES |= {'Embed': _embedded}
+WORDS |= {'a': 'embeddings|rows in a and b', 'b': 'embeddings|rows in a and b', 'd': 'projection', 'D': 'projection'}
+
+
 # self_distillation, exits
 def exits():
     from distill_nb.exits import EarlyExits
@@ -387,6 +458,27 @@ GOOD |= {'born_again.recipe': BY_KIND[Recipe], 'born_again.generations': lambda:
          'plot_exits.curve': lambda: [{'macs': 9, 'accuracy': 0.5}], 'view_loss.weight': lambda: torch.ones(6)}
 INSTANCES |= {'Generations': generations, 'EarlyExits': exits}
 WORDS |= {'layers': 'layer', 'x': 'inputs?|images'}
+
+
+# dino
+def crops():
+    from distill_nb.dino import for_crops
+    return for_crops(images(24))
+
+
+def self_taught():
+    from distill_nb.dino import Dino
+    return Dino(net(), crops(), 4, local=0)
+
+
+GOOD |= {'for_crops.scale': lambda: (0.4, 1.), 'local_crops.data': crops, 'local_crops.size': lambda: 2,
+         'local_crops.scale': lambda: (0.2, 0.4), 'ProjectionHead.inputs': lambda: 3,
+         'ProjectionHead.x': lambda: torch.randn(6, 3), 'Projected.projection': lambda: nn.Identity(),
+         'Projected.x': floats, 'views_loss.student_outputs': lambda: [logits(), logits(2)],
+         'views_loss.teacher_outputs': lambda: [logits(1)], 'views_loss.centre': lambda: torch.zeros(3),
+         'Dino.data': crops, 'Dino.local_scale': lambda: (0.2, 0.4), 'Dino.valid': lambda: images(24, 1),
+         'answer_entropies.answers': lambda: logits().softmax(1)}
+INSTANCES |= {'Dino': self_taught}
 
 
 # inversion
@@ -546,6 +638,29 @@ GOOD |= {'take_turn.contender': Still, 'time_steps.contenders': lambda: {'still'
 WITHOUT |= {'Naive.step', 'NaiveBf16.step', 'PytorchTutorial.step'}  # they want a start
 WITHOUT |= {f'Torchdistill{part}' for part in ('', '.start', '.loss', '.step')}  # it may be absent
 STUBS = {'bench': {f'_measure_{what}': lambda *_: dict(measured()) for what in ('steps', 'methods')}}  # a minute
+
+
+# embed_run
+def asked_of_an_embedding():
+    embed_run = __import__('distill_nb.embed_run').embed_run
+    return embed_run.EmbedOptions(data='digits', teacher=student_file(), student='digit_student', device='cpu')
+
+
+def embedded_rows():
+    cost = dict(parameters=3, bytes=12, width=2)
+    return [dict(model='student', agreement=0.5, agreement_ci95=[0.4, 0.6], **cost)]
+
+
+GOOD |= {'draw_parts.hashes': lambda: torch.randint(256, (20, 32)).to(torch.uint8).numpy(),
+         'EmbedOptions.data': lambda: 'digits', 'EmbedOptions.teacher': lambda: 'resnet8',
+         'read_album.options': asked_of_an_embedding, 'prepare_embed.options': asked_of_an_embedding,
+         'common_share.student': lambda: torch.randn(6, 3), 'common_share.teacher': lambda: torch.randn(6, 4),
+         'common_share.k': lambda: 2, 'embed_table.rows': embedded_rows,
+         'places_of.embeddings': lambda: torch.randn(6, 3),
+         'neighbours.n': lambda: 20}
+INSTANCES |= {'EmbedOptions': asked_of_an_embedding}
+WITHOUT |= {'prepare_embed', 'run_embed', 'EmbedJob', 'EmbedJob.transfer', 'EmbedJob.asked',
+            'Album'}  # they train
 
 
 # cli

@@ -1,5 +1,10 @@
 "What tests of networks share."
+from functools import partial
+
 import torch
+
+from distill_nb.models import digit_student
+from distill_nb.vit import ViT
 
 
 def count(model): return sum(p.numel() for p in model.parameters())
@@ -10,6 +15,18 @@ def bits(model):
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     return ({k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()], grads,
             [p.requires_grad for p in model.parameters()])
+
+
+def student_of(method, classes=10):
+    "What makes a small student of digits that this method can teach."
+    if method == 'token': return partial(ViT, 8, 4, 16, 1, 2, classes, 1)
+    return partial(digit_student, classes)
+
+
+def learner(way, student):
+    "The objective of a contender around the network that its student becomes, and that network."
+    network = way.network(student)
+    return way.objective(network), network
 
 
 def same(a, b):

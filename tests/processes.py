@@ -1,5 +1,5 @@
 """One run alone, the same in two processes that meet, and in two that are started as on two machines."""
-import json, os, random, socket, subprocess, sys
+import json, os, random, socket, subprocess
 
 ENV = {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
 CODE = """
@@ -30,10 +30,19 @@ rank = int(os.environ['RANK'])
 TESTS = os.path.dirname(__file__)
 
 
+def python():
+    """What to start in place of `sys.executable`, with the libraries loaded, where the start is not what is tested.
+
+    What Python reads from the environment when it starts, such as PYTHONHASHSEED, has no effect. Whoever
+    kills it reads a pipe to its end: by then what was forked has ended too."""
+    from tools import warm
+    return warm.command()
+
+
 def alone_and_together(body, folder):
     "What `run()`, defined by the code `body`, gives alone and in two processes; first how many there were."
     code = CODE.format(body=body, tests=TESTS, out=str(folder/'run'), port=random.randint(20000, 60000))
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | ENV)
+    p = subprocess.run([*python(), '-c', code], capture_output=True, text=True, env=os.environ | ENV)
     assert p.returncode == 0, p.stderr
     return [json.loads((folder/f'run{n}').read_text()) for n in (1, 2)]
 
@@ -46,7 +55,7 @@ def machines(code, *places):
     "Start a rank in each of these folders, as on machines of their own that share nothing but the network."
     meeting = dict(WORLD_SIZE=str(len(places)), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), LOCAL_RANK='0')
     for place in places: place.mkdir(parents=True, exist_ok=True)
-    return [subprocess.Popen([sys.executable, '-c', MACHINE.format(tests=TESTS) + code], cwd=place, text=True,
+    return [subprocess.Popen([*python(), '-c', MACHINE.format(tests=TESTS) + code], cwd=place, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              env=os.environ | ENV | meeting | {'RANK': str(rank)})
             for rank, place in enumerate(places)]

@@ -1,5 +1,5 @@
 """The benchmark measures what it says, of loops that minimise the same function."""
-import json, subprocess, sys
+import json, subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +13,11 @@ from distill_nb.models import count_macs
 from distill_nb.training import Recipe, Supervised, fit
 from distill_nb.zoo import build_model
 from distill_nb.methods import METHODS
-from distill_nb.bench import (CONTENDERS, _make_work, _method_rows, _operations, _race, _ratios, _rows, _taught,
-                              bench_text, distill_nb_bench, take_turn, time_steps)
+from distill_nb.bench import (CONTENDERS, _asked_methods, _available, _can_learn, _make_work, _method_rows, _operations,
+                              _race, _ratios, _rows, _taught, bench_text, distill_nb_bench, take_turn, time_steps)
 from distill_nb.cli import run_command
+from networks import student_of
+from processes import python
 
 CPU = torch.device('cpu')
 
@@ -52,7 +54,8 @@ def test_the_naive_loop_in_bfloat16_rounds_the_same_loss_and_lays_channels_last(
 
 @pytest.mark.parametrize('name', CONTENDERS)
 def test_every_contender_takes_steps_that_change_the_student_alone(work, name):
-    if name == 'torchdistill': pytest.importorskip('torchdistill')
+    if name in ('torchdistill', 'timm'): pytest.importorskip(name)
+    if name == 'timm': work = _make_work('vit', 2, CPU)[0]
     c = CONTENDERS[name](work)
     c.start()
     for _ in range(2): c.step()
@@ -63,8 +66,23 @@ def test_every_contender_takes_steps_that_change_the_student_alone(work, name):
             assert any(not torch.equal(t, before[k]) for k, t in model.state_dict().items()) == moved
 
 
+def test_a_vit_is_timed_beside_timms_that_takes_the_same_steps(work, monkeypatch, capsys):
+    own = _make_work('vit', 2, CPU)[0]
+    assert 'timm' in _available(own) and 'timm' not in _available(work)
+    ours, theirs = (CONTENDERS[name](own) for name in ('alone', 'timm'))
+    for c in (ours, theirs): c.step()
+    moved, other = (c.objective.model.state_dict() for c in (ours, theirs))
+    for k, t in moved.items(): torch.testing.assert_close(t, other[k], rtol=1e-3, atol=1e-3)
+    assert any(not torch.equal(t, moved[k]) for k, t in own.student.state_dict().items())
+    times = dict.fromkeys(('naive', 'cached', 'live', 'teacher_forward', 'timm'), 0.1) | {'alone': 0.2}
+    assert _ratios(times)['alone / timm'] == 2
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
+    assert 'timm' not in _available(own) and "comes with the extra 'hub'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_takes_a_step_that_changes_the_student_alone(work, name):
+    work = work._replace(student=student_of(name)())
     students, teachers = (fingerprint(m.state_dict()) for m in (work.student, work.teacher))
     for (_, kept), c in _taught(work, [name]).items():
         held = [p.detach().clone() for p in c.objective.parameters()]
@@ -74,11 +92,14 @@ def test_every_method_takes_a_step_that_changes_the_student_alone(work, name):
     assert (fingerprint(work.student.state_dict()), fingerprint(work.teacher.state_dict())) == (students, teachers)
 
 
-def test_methods_that_want_answers_only_are_timed_with_kept_ones_too(work):
-    made = _taught(work, list(METHODS))
+def test_methods_that_want_answers_only_are_timed_with_kept_ones_too(work, capsys):
+    names = [name for name in _asked_methods('all') if _can_learn(work, name)]
+    assert METHODS.keys() - names == {'token'}
+    assert 'token is left out: student must be a ViT' in capsys.readouterr().err
+    made = _taught(work, names)
     assert {name for name, kept in made if kept} == {'kd', 'kd_std', 'dkd', 'dist'}
-    assert next(iter(made)) == ('alone', False) and {name for name, kept in made if not kept} == set(METHODS)
-    assert [name for (name, _), c in made.items() if c.answers is None] == ['alone', 'byot', 'self']
+    assert next(iter(made)) == ('alone', False) and {name for name, kept in made if not kept} == set(names)
+    assert [name for (name, _), c in made.items() if c.answers is None] == ['alone', 'byot', 'self', 'dino']
     assert [name for (name, _), c in made.items() if c.own] == ['data_free']
     assert [name for (name, _), c in made.items() if c.before] == ['born_again']
 
@@ -145,7 +166,9 @@ def test_rows_and_ratios_are_those_of_the_times(work):
 
 
 def test_the_command_writes_a_result(tmp_path, monkeypatch, capsys):
-    out = tmp_path/'digits.json'
+    out, peak = tmp_path/'digits.json', bench._peak_memory
+    def measured(name, *more): return peak(name, *more) if name == 'naive' else 1 + bench._own_peak(name, *more)
+    monkeypatch.setattr(bench, '_peak_memory', measured)  # a process of its own takes long, so one contender has it
     argv = ['--pair', 'digits', '--steps', 2, '--batch_size', 16, '--device', 'cpu', '--out', out]
     assert command(*argv) == 0
     r = json.loads(out.read_text())
@@ -163,10 +186,10 @@ def test_the_command_writes_a_result(tmp_path, monkeypatch, capsys):
     assert command(*argv) == 0 and json.loads(out.read_text())['rows'][0]['peak_mb'] is None  # over its own result
 
 
-def test_an_absent_library_is_said_in_a_line(monkeypatch, capsys):
+def test_an_absent_library_is_said_in_a_line(work, monkeypatch, capsys):
     import importlib.util
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    assert bench._available() == [n for n in CONTENDERS if n != 'torchdistill']
+    assert bench._available(work) == [n for n in CONTENDERS if n not in ('torchdistill', 'timm')]
     assert capsys.readouterr().err.count('\n') == 1
 
 
@@ -222,5 +245,5 @@ def test_two_processes_do_not_write_one_result(tmp_path, capsys):
 
 def test_it_is_a_command():
     code = 'from distill_nb.cli import main_bench; main_bench()'
-    p = subprocess.run([sys.executable, '-c', code, '--help'], capture_output=True, text=True)
+    p = subprocess.run([*python(), '-c', code, '--help'], capture_output=True, text=True)
     assert p.returncode == 0 and '--to_accuracy' in p.stdout and '--method' in p.stdout

@@ -1,5 +1,5 @@
 """Cached answers are the teacher's, whatever happens to the file, the process or the order of the questions."""
-import copy, json, os, signal, subprocess, sys, time, warnings
+import copy, json, os, signal, subprocess, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from distill_nb.answers import _HEAD, _Form, _checksum
 from distill_nb.cache import CachedTeacher
 
 from pretended_gpu import pretended
-from processes import alone_and_together
+from processes import alone_and_together, python
 from tokens import BYTES, LENGTH, Bytes, speaker, text, trained_speaker
 
 
@@ -774,7 +774,7 @@ print(cached.asked, flush=True)
 
 def filler(folder, size, *more):
     code = FILLER.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, '-c', code, str(folder), str(size), *map(str, more)]
+    command = [*python(), '-c', code, str(folder), str(size), *map(str, more)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
 
 
@@ -789,7 +789,7 @@ def test_what_was_answered_before_a_kill_is_kept_and_right(tmp_path):
     assert p.stdout.readline() == 'open\n'
     time.sleep(0.1)
     p.send_signal(signal.SIGKILL)
-    p.wait()
+    p.communicate()
     cached = CachedTeacher(make_teacher(), make_data(), tmp_path, dtype='float32')
     assert wrong(cached, make_teacher(), make_data(), 5) < 1e-5 and 0 < cached.asked < 540
     again = CachedTeacher(make_teacher(), make_data(), tmp_path, dtype='float32')

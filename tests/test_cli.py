@@ -20,8 +20,11 @@ from distill_nb.zoo import build_model, load_weights, open_model
 from distill_nb.methods import METHODS
 from distill_nb.report import result_table, stored_result, verdicts
 from distill_nb.run import PRESETS, command_line, free_folder
+from distill_nb.embed_run import EmbedOptions
 from distill_nb.bench import distill_nb_bench
-from distill_nb.cli import command_parser, distill_nb, distill_nb_data_free, distill_nb_predict, run_command
+from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
+                            run_command)
+from processes import python
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
 COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms',
@@ -114,7 +117,8 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
         if not file.name.endswith('.json'): continue
         old = json.loads(file.read_text())
         new = stored_result(old['name'])
-        assert new == old | {'measure': ACCURACY, 'rows': new['rows']}
+        measure = Measure(*old['measure']) if old.get('measure') else ACCURACY
+        assert new == old | {'measure': measure, 'rows': new['rows']}
         for was, row in zip(old['rows'], new['rows'], strict=True):
             if 'accuracies' in was:
                 assert [r['accuracy'] for r in row['runs']] == was['accuracies']
@@ -127,7 +131,7 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
                 assert row['ci95'] == [was['accuracy'] - was['ci95'], was['accuracy'] + was['ci95']]
             elif was['interval_over'] == 'test images':
                 n = int(re.search(r'([0-9,]+) test images', old['data'])[1].replace(',', ''))
-                right = was['accuracy'] * n
+                right = was[measure.name] * n
                 assert right == pytest.approx(round(right), abs=1e-6) and row['ci95'] == share_interval(round(right), n)
     assert found == {'seeds', 'test images'}
 
@@ -178,7 +182,8 @@ def test_every_command_has_an_entry_point():
     import importlib
     scripts = (Path(__file__).parent.parent/'pyproject.toml').read_text().split('[project.scripts]')[1].split('[')[0]
     found = dict(re.findall(r'^(\w+) = "(.+)"$', scripts, re.M))
-    assert set(found) == {'distill_nb', 'distill_nb_bench', 'distill_nb_data_free', 'distill_nb_predict'}
+    assert set(found) == {'distill_nb', 'distill_nb_bench', 'distill_nb_data_free', 'distill_nb_embed',
+                          'distill_nb_predict'}
     for place in found.values():
         module, function = place.split(':')
         assert callable(getattr(importlib.import_module(module), function))
@@ -206,11 +211,10 @@ def test_a_finished_run_is_only_read_again_when_asked(finished, capsys):
 
 def test_a_killed_run_resumes_to_the_same_result(finished, tmp_path):
     folder = tmp_path/'run'
-    argv = [sys.executable, '-m', 'distill_nb', *QUICK, '--out', str(folder)]
-    p = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen([*python(), '-m', 'distill_nb', *QUICK, '--out', str(folder)], stdout=subprocess.PIPE)
     while p.poll() is None and not list(folder.glob('work/all_labels/*/checkpoint.safetensors')): time.sleep(0.01)
     p.send_signal(signal.SIGKILL)
-    p.wait()
+    p.communicate()
     assert not (folder/'result.json').exists()
     assert command(*QUICK, '--out', folder, '--resume') == 0
     accuracies = lambda f: [r['accuracy'] for r in json.loads((f/'result.json').read_text())['rows']]
@@ -226,6 +230,21 @@ def test_a_folder_of_photos_and_the_choice_of_temperature_and_alpha(tmp_path, ca
     assert all(t['alpha'] == 0.5 for tries in result['tries'].values() for t in tries)
     assert result['labelled_images']['few_labels'] == 6
     assert 'chosen on the validation split' in capsys.readouterr().out
+
+
+def test_a_student_that_gets_a_token_is_saved_under_a_name_that_opens_it(tmp_path, capsys):
+    pair = ['--teacher', 'digit_teacher', '--method', 'token', '--labels', 0, '--epochs', 1, '--teacher_epochs', 12,
+            '--seeds', 1, '--size', 8]
+    argv = ['--data', f"folder:{photos(tmp_path/'photos')}", *pair, '--batch_size', 8, '--precision', 'float32']
+    assert command(*argv, '--student', 'vit_tiny_8', '--temperature', 1, '--alpha', 0.5, '--out', tmp_path/'run') == 0
+    rows = {r['model']: r for r in json.loads((tmp_path/'run'/'result.json').read_text())['rows']}
+    assert rows['token']['parameters'] > rows['alone']['parameters'] and rows['token']['method'] == 'token'
+    assert hasattr(open_model(tmp_path/'run'/'student.safetensors').model, 'dist_token')
+    (tmp_path/'my.py').write_text("""from distill_nb.vit import ViT
+def net(classes, channels, size): return ViT(size, 4, 16, 1, 2, classes, channels)""")
+    capsys.readouterr()
+    assert command(*argv, '--student', f"{tmp_path/'my.py'}:net", '--out', tmp_path/'own') == 2
+    assert 'a ViT that has its token already' in capsys.readouterr().err and not (tmp_path/'own').exists()
 
 
 def test_trained_weights_bring_their_normalisation_and_are_not_trained_again(finished, tmp_path):
@@ -611,7 +630,8 @@ def test_a_download_that_broke_off_is_taken_away_and_a_whole_one_is_not(there, w
     assert (tmp_path/'a').exists() == bool(left)
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
+                                 distill_nb_bench])
 def test_a_launcher_of_several_processes_is_refused(job, monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
@@ -633,12 +653,13 @@ def test_every_line_that_the_page_says_to_type_is_one_that_the_commands_take():
     text = '\n'.join(''.join(c['source']) for c in page if c['cell_type'] == 'markdown')
     lines = {line.strip('`') for line in re.findall(r'`distill_nb\w*(?: [^`\n]+)?`|^ *distill_nb.*$', text, re.M)}
     lines = {line for line in lines if '--help' not in line}
-    jobs = {f.__name__: f for f in (distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench)}
-    kinds = {'distill_nb': run.Options, 'distill_nb_data_free': run.FreeOptions}
+    jobs = {f.__name__: f for f in (distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
+                                    distill_nb_bench)}
+    kinds = {'distill_nb': run.Options, 'distill_nb_data_free': run.FreeOptions, 'distill_nb_embed': EmbedOptions}
     for line in lines:
         name, *argv = line.split()
         if name == 'distill_nb_predict' and not argv: continue  # its name in a sentence
-        if name == 'distill_nb_data_free' and not argv: continue
+        if name in ('distill_nb_data_free', 'distill_nb_embed') and not argv: continue
         given = vars(command_parser(jobs[name]).parse_args(argv))
         if name in kinds: kinds[name](**given)
     assert len(lines) > 15 and {line.split()[0] for line in lines} == set(jobs)
@@ -652,7 +673,8 @@ def test_python_m_is_the_command():
         assert f'--{option}' in p.stdout
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
+                                 distill_nb_bench])
 def test_help_fits_a_page(job, monkeypatch, capsys):
     "Also where the terminal is wider: the page of the commands shows it."
     monkeypatch.setenv('COLUMNS', '200')
@@ -766,7 +788,8 @@ def test_images_are_one_or_several(capsys):
     assert parser.parse_args(['a']).images == ['a']
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_predict, distill_nb_data_free, distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_predict, distill_nb_data_free, distill_nb_embed,
+                                 distill_nb_bench])
 def test_options_are_spelled_as_parameters_in_every_version_of_fastcore(job, monkeypatch):
     "fastcore 2 writes --teacher-epochs, and (float) behind it."
     make = cli.anno_parser
@@ -794,7 +817,8 @@ def test_the_command_runs_where_the_notebooks_run():
     assert p.returncode == 2 and p.stderr.startswith('distill_nb: teacher_epochs must be a number'), p.stderr
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_predict, distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
+                                 distill_nb_bench])
 @pytest.mark.parametrize('option', ['--pdb', '--xtra=1', '--devic=cpu'])
 def test_only_the_options_in_the_help_are_taken(job, option, capsys):
     with pytest.raises(SystemExit) as e: run_command(job, [*(['x'] if job is distill_nb_predict else []), option])

@@ -10,15 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_nb import bench, cli, run
-from distill_nb.cli import command_parser, distill_nb, distill_nb_data_free, distill_nb_predict, run_command
+from distill_nb import bench, cli, embed_run, run
+from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
+                            run_command)
 from distill_nb.bench import distill_nb_bench
 from distill_nb.data import digits
 from distill_nb.files import save_weights
 from distill_nb.zoo import build_model
 
 SECONDS = 60  # after which a line counts as endless
-COMMANDS = {f.__name__: f for f in (distill_nb, distill_nb_predict, distill_nb_data_free, distill_nb_bench)}
+COMMANDS = {f.__name__: f for f in (distill_nb, distill_nb_predict, distill_nb_data_free, distill_nb_embed,
+                                    distill_nb_bench)}
 BASE = {
     'distill_nb': {'--epochs': '1', '--teacher_epochs': '1', '--seeds': '1', '--labels': '0', '--temperature': '4',
                    '--alpha': '0.5', '--out': 'run'},
@@ -26,6 +28,8 @@ BASE = {
     'distill_nb_data_free': {
         '--teacher': 'digit_teacher', '--student': 'digit_student', '--channels': '1', '--size': '8',
         '--teacher_weights': 'teacher.safetensors', '--steps': '2', '--out': 'run'},
+    'distill_nb_embed': {'--data': 'digits', '--teacher': 'teacher.safetensors', '--student': 'digit_student',
+                         '--epochs': '1', '--seeds': '1', '--out': 'run'},
     'distill_nb_bench': {'--pair': 'digits', '--steps': '1', '--batch_size': '16'}}
 
 
@@ -57,7 +61,7 @@ WRONG = {int: [*NUMBERS, '1.5', '1e3'], float: [*NUMBERS, '-inf', '1e300', '1e-4
          str: ['', 'wörd \udcff\n\x1b', 'x' * 300, '/', 'empty', 'notes.txt', 'fifo']}
 # What is no mistake: a folder of downloads that is not used, a new or an empty place for the results, 0 written
 # otherwise, a patience that is never lost, and a rate that only a training can find too high.
-RUNS, ODD = ('distill_nb', 'distill_nb_data_free'), 'wörd \udcff\n\x1b'
+RUNS, ODD = ('distill_nb', 'distill_nb_data_free', 'distill_nb_embed'), 'wörd \udcff\n\x1b'
 RIGHT = {(command, 'root', value) for command in (*RUNS, 'distill_nb_bench') for value in WRONG[str][1:]}
 RIGHT |= {(command, 'lr', value) for command in RUNS for value in ('1e300', '9' * 30)}
 RIGHT |= {(command, 'out', value) for command in RUNS for value in ('empty', ODD)}
@@ -130,10 +134,10 @@ def folders():
     "Run folders whose recipe was edited by hand, and places that hold no run."
     for name, content in RECIPES.items():
         out = name.removesuffix('.json')
-        for command in ('distill_nb', 'distill_nb_data_free'):
-            place = f'{out}-{command[-4:]}'
+        for command in RUNS:
+            place = f'{out}-{command}'
             yield lambda: run_folder(place, recipe_json=content), line(command, place, out=[place, '--resume'])
-    for command in ('distill_nb', 'distill_nb_data_free'):
+    for command in RUNS:
         yield None, line(command, "'typo' holds no run to continue", out=['typo', '--resume'])
         yield None, line(command, "'empty' holds no run to continue", out=['empty', '--resume'])
         yield None, line(command, "'photos' exists and holds no run", out='photos')
@@ -165,6 +169,8 @@ def functions():
         yield make, line('distill_nb', file.name, teacher=f'{file}:f')
         yield make, line('distill_nb_predict', file.name, architecture=f'{file}:f')
         yield make, line('distill_nb_data_free', file.name, teacher=f'{file}:f')
+        yield make, line('distill_nb_embed', file.name, student=f'{file}:f')
+        yield make, line('distill_nb_embed', file.name, teacher=f'{file}:f')
     yield None, line('distill_nb', "'empty.py' has no function ''", student='empty.py:')
     for place in ('no.py:f', ':f', 'photos:f', 'photos.py:f', 'fifo.py:f', 'notes.txt:f'):
         yield None, line('distill_nb', student=place)
@@ -182,6 +188,8 @@ def weights():
         yield make, line('distill_nb', name, teacher_weights=name)
         yield make, line('distill_nb_predict', name, student=name)
         yield make, line('distill_nb_data_free', name, teacher_weights=name)
+        yield make, line('distill_nb_embed', name, teacher=name)
+        yield make, line('distill_nb_embed', name, student_weights=name)
         yield make, line('distill_nb_bench', name, teacher_weights=name)
 
 
@@ -220,6 +228,11 @@ def other():
     yield None, line('distill_nb', 'root', data=['cifar10', '--root', 'run/data'])
     yield None, line('distill_nb', 'size', size='16384')
     yield None, line('distill_nb_data_free', 'size', size='16384')
+    yield None, line('distill_nb_embed', 'size', size='16384')
+    yield None, line('distill_nb_embed', 'word', _='word')
+    yield None, line('distill_nb_embed', 'batch_size', batch_size='1000000000')
+    yield None, line('distill_nb_embed', 'teacher_weights', teacher='digit_teacher')
+    yield None, line('distill_nb_embed', '3 were found', data='folder:photos')
     yield None, line('distill_nb_data_free', 'classes', classes='2147483647')
     yield None, line('distill_nb_data_free', 'channels', channels='2147483647')
     yield None, line('distill_nb_data_free', 'batch_size', batch_size='2147483647')
@@ -288,6 +301,7 @@ def running():
     "The commands run what they were given."
     with pytest.MonkeyPatch.context() as m:
         for name in ('run_job', 'run_free'): m.setattr(cli, name, getattr(run, name))
+        m.setattr(cli, 'run_embed', embed_run.run_embed)
         yield
 
 
@@ -313,7 +327,7 @@ def outcome(line):
 def only_checked():
     "The commands check what they are given, and train nothing."
     with pytest.MonkeyPatch.context() as m:
-        for name in ('run_job', 'run_free'): m.setattr(cli, name, lambda *_: {})
+        for name in ('run_job', 'run_free', 'run_embed'): m.setattr(cli, name, lambda *_: {})
         for what in ('steps', 'methods'): m.setattr(bench, f'_measure_{what}', lambda *_: {})
         m.setattr(bench, 'bench_text', lambda _: '')
         m.setenv('DISTILL_NB_CACHE', str(Path('cache').resolve()))

@@ -19,12 +19,13 @@ from distill_nb.exam import check_teacher
 from distill_nb.logits import Distill
 from distill_nb.cache import _LOOK, CachedTeacher
 from distill_nb.taps import feature_shapes
-from distill_nb.features import FEATURE_WEIGHTS, feature_method
+from distill_nb.tokens import FEATURE_WEIGHTS, feature_method
 from distill_nb.similarity import layer_similarity, plot_attention
 from distill_nb.self_distillation import SelfTeacher, born_again
 from distill_nb.exits import BeYourOwnTeacher, exit_logits, measure_exits, sure_curve
 from distill_nb.data_free import Pictures, distill_without_data
 from distill_nb.methods import METHODS, Task, choose_setting, contender, rehearse
+from networks import learner, student_of
 from distill_nb.cli import distill_nb, distill_nb_data_free
 from tools.notebooks import NBS, directives
 
@@ -167,7 +168,8 @@ def test_what_calls_fit_gives_everything_back(card, taught):
         made = distill_without_data(Teacher(teacher, size=8), student, way, Recipe(steps=2, batch_size=16), **settings)
         assert device_of(student) == CPU and predict(student, Pictures(made.images, 10)).shape == (len(made.images), 10)
     task = Task(digit_student, teacher, labelled, transfer, RECIPE)
-    for name in METHODS: choose_setting(name, task, valid, [METHODS[name].grid[0]])
+    for name in METHODS:
+        choose_setting(name, task._replace(make_student=student_of(name)), valid, [METHODS[name].grid[0]])
 
 
 def test_the_commands_on_a_card(card, taught, tmp_path, capsys):
@@ -235,7 +237,7 @@ def test_losses_are_right_in_float16(taught, name):
     task = Task(digit_student, teacher, labelled, transfer, RECIPE, Setup(device='cpu'))
     torch.manual_seed(0)
     way = contender(name, task, **METHODS[name].grid[0])
-    objective, data = way.objective(digit_student()), way.data
+    (objective, _), data = learner(way, student_of(name)()), way.data
     objective.check(data, None if name == 'data_free' else valid)
     batch, found = data.get(torch.arange(64)), []
     for enabled in (False, True):

@@ -20,9 +20,10 @@ from distill_nb.training import Recipe, Supervised, evaluate, fit
 from distill_nb.compare import Contender, compare
 from distill_nb.logits import Distill
 from distill_nb.taps import feature_shapes, head_input, listening, stage_names, tap
-from distill_nb.features import (FEATURE_WEIGHTS, Adapter, AttentionTransfer, FeatureDistill, Hint, Relational, Term,
-                                 _as_map, _resize_map, attention_loss, attention_map, feature_method, hint_loss,
-                                 rkd_angle_loss, rkd_distance_loss, stage_pairs)
+from distill_nb.features import (Adapter, AttentionTransfer, FeatureDistill, Hint, Relational, Term, _as_map,
+                                 _resize_map, attention_loss, attention_map, hint_loss, rkd_angle_loss,
+                                 rkd_distance_loss, stage_pairs)
+from distill_nb.tokens import FEATURE_WEIGHTS, feature_method
 from distill_nb.similarity import cka, layer_similarity, plot_attention, plot_similarity
 
 from networks import bits, same as same_bits
@@ -407,7 +408,7 @@ def test_a_map_keeps_its_values_where_sizes_agree_and_its_mean_where_not():
     torch.testing.assert_close(_resize_map(x, (2, 2))[0, 0, 0, 0], x[0, 0, :2, :2].mean())
     assert _as_map(torch.arange(6.).view(1, 2, 3))[0, :, 1, 0].tolist() == [3., 4., 5.]  # the second token
     with refused(r'\(2, 3, 4, 5, 6\)'): _as_map(torch.zeros(2, 3, 4, 5, 6))
-    with refused('tokens'): Adapter(torch.zeros(2, 3, 4, 4), torch.zeros(2, 16, 5))
+    with refused('a square of patches'): Adapter(torch.zeros(2, 3, 4, 4), torch.zeros(2, 7, 5))
 
 
 def test_a_perfect_translation_has_no_loss():
@@ -786,7 +787,7 @@ def test_stages_are_paired_by_depth(teacher):
     with refused(parts): feature_method('hint', vgg, teacher)
     with refused('the model, a VGG, has no stages'): stage_names(vgg)
     with refused('no linear layer'): feature_method('relational', student(), nn.Sequential(nn.Flatten()))
-    unknown = "name must be one of hint, attention, relational, but is 'magic'"
+    unknown = "name must be one of hint, attention, relational, relations, but is 'magic'"
     with refused(unknown): feature_method('magic', student(), teacher)
     assert feature_method('hint', student(), teacher, weight=0.5).weights == (0.5,)
 

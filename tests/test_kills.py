@@ -20,7 +20,7 @@ from distill_nb.history import Checkpoint
 from distill_nb.training import Recipe, Setup, Supervised, fit
 from distill_nb.logits import Distill
 from distill_nb.cache import CachedTeacher
-from distill_nb.features import feature_method
+from distill_nb.tokens import feature_method
 from distill_nb.self_distillation import SelfTeacher, born_again
 from distill_nb.exits import BeYourOwnTeacher
 from distill_nb.data_free import DATA_FREE, distill_without_data

@@ -8,6 +8,7 @@ import torch
 from distill_nb import methods, training
 from distill_nb.files import fingerprint
 from distill_nb.rows import UNLABELLED
+from distill_nb.views import ResizedCrop
 from distill_nb.data import digits, few_labels
 from distill_nb.models import digit_student, digit_teacher
 from distill_nb.contract import Teacher
@@ -16,6 +17,7 @@ from distill_nb.compare import compare
 from distill_nb.cache import CachedTeacher
 from distill_nb.zoo import build_model
 from distill_nb.methods import METHODS, Task, choose_setting, contender, rehearse
+from networks import learner, student_of
 
 RECIPE = Recipe(steps=6, batch_size=32, optimizer='adamw', lr=0.02, precision='float32')
 
@@ -39,30 +41,34 @@ def test_each_method_has_as_many_tries_as_every_other():
 def test_every_method_trains_the_student_and_leaves_the_teacher(name, task):
     before, valid = fingerprint(task.teacher.model.state_dict()), digits().valid
     torch.manual_seed(1)
-    student = digit_student()
-    fresh = fingerprint(student.state_dict())
     task = task._replace(recipe=replace(RECIPE, steps=80))  # by which the teacher of the born-again student is trained
     way = contender(name, task, **METHODS[name].grid[0])
-    history = fit(way.objective(student), way.data, replace(way.recipe or RECIPE, steps=6), valid)
+    objective, student = learner(way, student_of(name)())
+    fresh = fingerprint(student.state_dict())
+    history = fit(objective, way.data, replace(way.recipe or RECIPE, steps=6), valid)
     assert fingerprint(student.state_dict()) != fresh and fingerprint(task.teacher.model.state_dict()) == before
     assert all(torch.tensor(v).isfinite().all() for v in history.losses.values())
 
 
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_resumes_to_the_weights_of_the_whole_run(name, task, tmp_path, interrupt):
-    task = task._replace(recipe=replace(RECIPE, steps=80))
+    labelled, transfer = few_labels(digits().train.subset(range(160)), 32)  # short epochs, since each is saved
+    teacher = CachedTeacher(task.teacher.model, transfer)
+    task = Task(digit_student, teacher, labelled, transfer, replace(RECIPE, steps=80))
+    many, last = (110, 105) if name == 'data_free' else (24, 22)
     def run(folder, resume=False, stop=None):
         torch.manual_seed(1)
-        student = digit_student()
         way = contender(name, task, **METHODS[name].grid[0])
-        calls = interrupt(objective := way.objective(student), stop)
-        recipe = replace(way.recipe or RECIPE, steps=110, batch_size=16, precision='bfloat16')
+        objective, student = learner(way, student_of(name)())
+        calls = interrupt(objective, stop)
+        recipe = replace(way.recipe or RECIPE, steps=many, batch_size=16, precision='bfloat16',
+                         rows=None if name == 'data_free' else 5)
         fit(objective, way.data, recipe, folder=folder, resume=resume, save_every=0)
         return fingerprint(student.state_dict()), len(calls)
     whole, steps = run(tmp_path/'whole')
-    with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', stop=105)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/'cut', stop=last)
     resumed, rest = run(tmp_path/'cut', resume=True)
-    assert resumed == whole and 0 < rest <= 10 and steps == 110
+    assert resumed == whole and 0 < rest <= 10 and steps == many
 
 
 def test_methods_see_the_images_that_they_may(task):
@@ -71,7 +77,7 @@ def test_methods_see_the_images_that_they_may(task):
         labels = (data.y != UNLABELLED).sum()
         if name in ('alone', 'byot'): assert len(data) == labels == 100
         elif name == 'data_free': assert labels == 0
-        elif name == 'self': assert len(data) > len(task.transfer)
+        elif name in ('self', 'dino'): assert len(data) > len(task.transfer)
         else: assert len(data) == len(task.transfer) and labels == 100
 
 
@@ -90,8 +96,8 @@ def test_a_rehearsal_changes_nothing_that_comes_later(name, task):
     teacher = digit_teacher()  # never trained, as before a run
     before, grads = fingerprint(teacher.state_dict()), [p.requires_grad for p in teacher.parameters()]
     torch.manual_seed(3)
-    student = digit_student()
     state = torch.get_rng_state()
+    task = task._replace(make_student=student_of(name))
     rehearse(name, task._replace(teacher=teacher))
     assert torch.equal(torch.get_rng_state(), state) and fingerprint(teacher.state_dict()) == before
     assert [p.requires_grad for p in teacher.parameters()] == grads and teacher.training
@@ -105,6 +111,7 @@ def test_a_teacher_with_a_form_of_its_own_is_asked_in_it_or_refused(name, task):
     network, data = task.teacher.model, task.transfer
     seen = []
     hook = network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    task = task._replace(make_student=student_of(name))
     mine = task._replace(teacher=Teacher(network, mean=[0.], std=[2.]))
     if name == 'data_free':
         with pytest.raises(ValueError, match=r"data_free .* the teacher's mean must be that of the data"):
@@ -253,6 +260,25 @@ def test_settings_that_cannot_be_told_apart_and_unknown_methods_are_refused(task
     for settings in (twice, same, [], [(2., 0.5)], dict(temperature=2., alpha=0.5)):
         with pytest.raises(ValueError, match='different'): choose_setting('kd', task, digits().valid, settings)
     with pytest.raises(ValueError, match='born_again'): choose_setting('magic', task, digits().valid)
+
+
+def test_a_token_is_given_to_the_students_that_can_have_one_and_stays_with_them(task):
+    with pytest.raises(ValueError, match='token does not work here: .*with_token'): rehearse('token', task)
+    make = student_of('token')
+    ways = {'alone': contender('alone', task, label_smoothing=0.), 'token': contender('token', task, alpha=0.5)}
+    found = compare(make, ways, RECIPE, digits().valid, seeds=1)
+    tokens = {name: hasattr(student, 'dist_token') for name, (_, student) in found.students.items()}
+    assert tokens == {'alone': False, 'token': True}
+    mine = make(token=True)
+    assert ways['token'].network(mine) is not mine and hasattr(ways['token'].network(mine), 'dist_token')
+    rehearse('token', task._replace(make_student=lambda: make(token=True)), temperature=1., alpha=0.5, hard=True)
+
+
+def test_the_views_of_the_images_are_crops_for_dino_alone(task):
+    for name in METHODS:
+        data = contender(name, task, **METHODS[name].grid[0]).data
+        assert isinstance(getattr(data, 'augment', None), ResizedCrop) == (name == 'dino')
+    assert not isinstance(task.transfer.augment, ResizedCrop)
 
 
 def test_an_unknown_method_is_named(task):

@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from tools import warm
 from tools.notebooks import (NBS, ROOT, bibliography, code_hash, form, head, kernel, links, notebooks,
                              readme_is_new, references, runs, settings, stale)
 
 # Lowest first: a module imports only from those before it.
-MODULES = ['doors', 'pictures', 'files', 'ranks', 'weights', 'rows', 'losses', 'successors', 'theory', 'views',
-           'protocol', 'data', 'images', 'scans', 'folders', 'sets', 'models', 'devices', 'contract', 'students',
-           'history', 'training', 'tracking', 'compare', 'exam', 'logits', 'answers', 'cache', 'taps', 'features',
-           'similarity', 'self_distillation', 'inversion', 'exits', 'data_free', 'zoo', 'teachers', 'inference',
-           'methods', 'report', 'run', 'bench', 'cli']
+MODULES = ['doors', 'pictures', 'files', 'ranks', 'weights', 'rows', 'losses', 'successors', 'theory',
+           'views', 'protocol', 'data', 'images', 'scans', 'folders', 'sets', 'models', 'vit', 'devices',
+           'contract', 'students', 'history', 'training', 'tracking', 'compare', 'exam', 'logits',
+           'answers', 'cache', 'distillation_token', 'taps', 'features', 'tokens', 'similarity',
+           'embeddings', 'embed', 'self_distillation', 'dino', 'inversion', 'exits', 'data_free', 'zoo',
+           'teachers', 'inference', 'methods', 'report', 'run', 'embed_run', 'bench', 'cli']
 S = settings()
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
 TRACKED = TRACKED or [str(p.relative_to(ROOT)) for p in ROOT.rglob('*') if p.is_file()]
@@ -389,6 +391,24 @@ def test_imports_stand_in_cells_of_their_own(path):
         if c['cell_type'] != 'code' or source(c).lstrip('#| hide\n').startswith('!'): continue
         kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source(c)).body}
         assert len(kinds) <= 1 or re.search(r'^#\|\s*exports?\b', source(c), re.M), source(c)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='nothing is forked there')
+def test_what_is_forked_is_an_interpreter_of_its_own(tmp_path):
+    def run(code, **more):
+        return subprocess.run([*warm.command(), '-c', code, 'x'], capture_output=True, text=True, **more)
+    run('import torch; torch.later = 1; torch.manual_seed(5)')
+    said = """import os, sys, torch
+assert not hasattr(torch, 'later') and torch.initial_seed() != 5 and 'distill_nb' not in sys.modules
+print(sys.argv, os.getcwd(), os.environ['A'], 'HOME' in os.environ, sys.stdin.read(), __name__)"""
+    p = run(said, cwd=tmp_path, env={'A': 'b'}, input='in')
+    assert p.stdout == f"['-c', 'x'] {tmp_path} b False in __main__\n" and (p.returncode, p.stderr) == (0, '')
+    assert [run(f'import os; {end}').returncode for end in ('os._exit(3)', 'os.kill(os.getpid(), 9)')] == [3, -9]
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    p = subprocess.Popen([*warm.command(), '-c', code], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == 'begun\n'
+    p.kill()
+    assert p.communicate(timeout=20) == ('', None)  # which waits for all that hold the pipe
 
 
 def test_a_bar_leaves_nothing_in_a_saved_notebook_and_a_value_stands_above_its_figure():

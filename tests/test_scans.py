@@ -1,5 +1,5 @@
 """Scans: what is found out about the images of a folder, and how it is kept."""
-import errno, hashlib, json, os, signal, subprocess, sys, time
+import errno, hashlib, json, os, signal, subprocess, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -11,6 +11,7 @@ from distill_nb.data import count_values
 from distill_nb.images import Form, Seen, read_image
 from distill_nb.scans import form_of, looks, noted, scan, scans_folder, shown_size
 from small import write_image
+from processes import python
 
 OLD = 1_000_000_000  # seconds: long before any test
 
@@ -357,7 +358,7 @@ print(scans.scan(files, keep=place).decoded)
 
 def start(tmp_path, body):
     code = CODE.format(place=str(tmp_path/'keep'), ready=str(tmp_path/'ready'), files=str(tmp_path/'images'), body=body)
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*python(), '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 STOPPED = """

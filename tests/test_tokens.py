@@ -1,5 +1,5 @@
 """Text instead of images: a data set of bytes and a tiny language model, without a change to the library."""
-import hashlib, math, os, random, signal, subprocess, sys, time
+import hashlib, math, os, random, signal, subprocess, time
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +17,7 @@ from distill_nb.compare import Contender, choose, compare
 from distill_nb.exam import check_teacher
 from distill_nb.logits import Distill
 from distill_nb.cache import CachedTeacher
+from processes import python
 
 RECIPE = Recipe(steps=40, batch_size=16, optimizer='adamw', lr=1e-2, weight_decay=0.01, accumulate=4,
                 precision='bfloat16')
@@ -225,7 +226,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
     def start(name):
         places = dict(folder=str(tmp_path/name), answers=str(tmp_path/f'{name}-answers'))
         script = SCRIPT.format(tests=os.path.dirname(__file__), **places)
-        return subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([*python(), '-c', script], stdout=subprocess.PIPE, text=True)
     whole, killed, checkpoint = start('whole'), start('killed'), Checkpoint(tmp_path/'killed')
     while killed.poll() is None and not checkpoint.path.exists(): time.sleep(0.005)
     time.sleep(random.uniform(0, 0.3))

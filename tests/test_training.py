@@ -1,5 +1,5 @@
 """The promises of `fit`: repeatable, resumable, shareable between processes, and loud about bad input."""
-import csv, json, math, os, random, signal, subprocess, sys, time, warnings
+import csv, json, math, os, random, signal, subprocess, time, warnings
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from distill_nb.students import check_classes, logits_of
 from distill_nb.history import Checkpoint, History, plot_curves
 from distill_nb.training import (DivergedError, Objective, Recipe, Run, Setup, Supervised, evaluate, fit, predict,
                                  scheduled)
-from processes import alone_and_together, ended, machines
+from processes import alone_and_together, ended, machines, python
 
 RECIPE = Recipe(steps=20, batch_size=32, lr=0.05, precision='float32')
 
@@ -1576,7 +1576,7 @@ print(weights(objective), len(h.losses['soft']), sum(h.losses['soft']))
 def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path, optimizer, kills):
     def start(folder):
         script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder), optimizer=optimizer)
-        return subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([*python(), '-c', script], stdout=subprocess.PIPE, text=True)
     whole = start(tmp_path/'whole')
     killed_at = []
     for _ in range(kills):
@@ -1611,7 +1611,8 @@ def test_two_processes_reach_the_loss_curve_of_one(tmp_path, data):
         script, out = tmp_path/f'{n}.py', tmp_path/f'{n}.json'
         places = dict(tests=os.path.dirname(__file__), folder=str(tmp_path/f'run{n}'), out=str(out), data=data)
         script.write_text(LAUNCHED.format(**places))
-        launch = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--cpu', '--num_processes', '1',
+        alone = [*python(), '-c', script.read_text()]
+        launch = [*python(), '-m', 'accelerate.commands.accelerate_cli', 'launch', '--cpu', '--num_processes', '1',
                   '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', str(script)]
         # on a CPU `accelerate launch` starts one process, as on one of several machines;
         # these variables make n of them meet
@@ -1619,7 +1620,8 @@ def test_two_processes_reach_the_loss_curve_of_one(tmp_path, data):
                 'WORLD_SIZE': str(n)}
         def start(i):
             env = os.environ | (meet | {'RANK': str(i), 'LOCAL_RANK': str(i)} if n > 1 else {})
-            return subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+            pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            return subprocess.Popen(launch if n > 1 else alone, env=env, **pipes)
         started = [start(i) for i in range(n)]
         errors = [p.communicate()[1] for p in started]
         assert all(p.returncode == 0 for p in started), errors

@@ -26,6 +26,7 @@ from distill_nb.exam import by_luck, check_teacher
 from distill_nb.self_distillation import SelfTeacher
 from distill_nb.zoo import build_model
 from distill_nb.methods import METHODS, Task, contender, rehearse
+from networks import learner, student_of
 from distill_nb.report import class_table, make_report, result_table, verdicts
 from distill_nb.run import Options, _settings, prepare
 from distill_nb.cli import distill_nb, run_command
@@ -177,7 +178,7 @@ def losses_of(name, task, weights):
     "The losses of a method for the first images of its data, by students that are alike."
     torch.manual_seed(1)
     way = contender(name, task._replace(class_weights=weights), **METHODS[name].grid[0])
-    objective = way.objective(student()).eval()
+    objective = learner(way, student_of(name, 3)())[0].eval()
     batch = way.data.get(torch.arange(len(way.data)))
     objective.check(way.data)
     if hasattr(objective, 'prepare'): objective.prepare(batch)
@@ -207,7 +208,7 @@ def test_the_earlier_student_learns_with_the_class_weights(task, monkeypatch):
 def test_a_method_without_labels_refuses_class_weights(task):
     task = task._replace(class_weights=torch.ones(3))
     with pytest.raises(ValueError, match='class_weights must be left out for data_free'): rehearse('data_free', task)
-    for name in WITH_LABELS: rehearse(name, task)
+    for name in WITH_LABELS: rehearse(name, task._replace(make_student=student_of(name, 3)))
 
 
 @pytest.mark.parametrize('name', WITH_LABELS)
@@ -215,7 +216,7 @@ def test_weights_for_other_classes_are_refused_before_the_first_step(name, task,
     monkeypatch.setattr(methods, 'fit', lambda *_, **__: None)
     way = contender(name, task._replace(class_weights=torch.ones(4)), **METHODS[name].grid[0])
     with pytest.raises(ValueError, match='class_weights must hold one number for each of the 3 classes, but hold 4'):
-        way.objective(student()).check(way.data)
+        learner(way, student_of(name, 3)())[0].check(way.data)
 
 
 @pytest.mark.parametrize('name', ['alone', 'kd', 'byot', 'self'])

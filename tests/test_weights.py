@@ -8,6 +8,7 @@ from distill_nb.models import checked_state, digit_student, resnet18, resnet8, t
 from distill_nb.weights import Stored, fitting, read_checkpoint
 from distill_nb.zoo import load_weights
 from networks import bits, same
+from processes import python
 from torch import nn
 
 NAMES = ['cat', 'dog', 'owl']
@@ -527,7 +528,7 @@ import sys
 from distill_nb.weights import read_checkpoint
 try: read_checkpoint(sys.argv[1])
 except ValueError as e: print(e)'''
-    done = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*python(), '-c', code, str(path)], capture_output=True, text=True, timeout=120)
     assert 'a key in it is a tower of tuples' in done.stdout, done.stdout + done.stderr
 
 

@@ -14,14 +14,24 @@ from networks import bits, same
 from safetensors.torch import save
 from torch import nn
 
+CONVOLUTIONAL = [n for n in model_names() if not n.startswith('vit')]
 NAMES = ['cat', 'dog', 'owl', 'eel', 'ant']
 
 
 # Every model runs
 
 @pytest.mark.parametrize('size,channels,classes', [(8, 1, 10), (28, 1, 7), (32, 3, 100), (64, 2, 3)])
-@pytest.mark.parametrize('name', model_names() + ['wrn_10_3', 'torchvision:mobilenet_v2'])
+@pytest.mark.parametrize('name', CONVOLUTIONAL + ['wrn_10_3', 'torchvision:mobilenet_v2'])
 def test_every_model_runs_forward_and_backward(name, size, channels, classes):
+    runs_forward_and_backward(name, size, channels, classes)
+
+
+@pytest.mark.parametrize('name,size', [('vit_tiny_8', 8), ('vit_tiny_32', 32), ('vit_tiny_224', 64)])
+def test_every_kind_of_vit_runs_forward_and_backward(name, size):
+    runs_forward_and_backward(name, size, 2, 3)
+
+
+def runs_forward_and_backward(name, size, channels, classes):
     torch.manual_seed(0)
     model = build_model(name, classes, channels, size)
     assert all(m.training for m in model.modules())
@@ -68,6 +78,8 @@ def test_same_seed_same_weights():
     (lambda: build_model('wrn_16_0', 10), ['width', '0']),
     (lambda: build_model('torchvision:alexnet', 10, size=8), ['alexnet', '3 x 8 x 8']),
     (lambda: build_model('torchvision:vit_b_16', 10, size=30), ['vit_b_16', '30']),
+    (lambda: build_model('vit_tiny_32', 10, size=28), ['vit_tiny_32', '3 x 28 x 28', 'patch (8) divides']),
+    (lambda: build_model('vit_tiny_33_token', 10), ['no model', 'vit_tiny_33_token', 'vit_tiny_32', '_token']),
     (lambda: build_model('torchvision:vgg11', 10, 1, size=28), ['vgg11', '1 x 28 x 28']),
     (lambda: build_model('resnet20', 0), ['classes', '0']),
     (lambda: build_model('resnet20', 10, channels=0), ['channels', '0']),
@@ -124,7 +136,7 @@ def test_files_without_names_load_in_their_own_order(tmp_path):
 
 
 def test_where_the_head_is_not_clear_another_order_is_refused(tmp_path):
-    two = lambda: nn.ModuleDict({'head': nn.Linear(8, 5), 'head_dist': nn.Linear(8, 5)})
+    two = lambda: nn.ModuleDict({'head': nn.Linear(8, 5), 'other': nn.Linear(8, 5)})
     path, model = tmp_path/'w.safetensors', two()
     save_weights(two(), path, classes=NAMES)
     before = bits(model)

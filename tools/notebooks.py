@@ -18,6 +18,7 @@ NBS = ROOT / 'nbs'
 PICTURES = NBS / 'readme_files'  # of README.md
 # Characters of a line in notebooks and in tests and tools; lines of a cell; exported cells in a row.
 WIDTH, CODE_WIDTH, CELL, ROW, OPTIONS = 100, 120, 20, 2, 12
+KERNEL = ('-m', 'ipykernel_launcher', '-f', '{connection_file}')
 EXPORTS = {'export', 'exports', 'exporti'}
 
 
@@ -53,8 +54,8 @@ def code_hash(nb):
 
 
 @contextmanager
-def kernel(nb, python=sys.executable, first=''):
-    """A Jupyter kernel of `python` in an empty folder, where `first` has run; gives a function that runs cell number i.
+def kernel(nb, python=(sys.executable,), first=''):
+    """A Jupyter kernel of the command `python` in an empty folder, where `first` has run; gives what runs cell i.
 
     Each notebook is met alone: on Colab nothing of the repository lies beside it."""
     from jupyter_client import KernelManager
@@ -63,8 +64,7 @@ def kernel(nb, python=sys.executable, first=''):
     from nbformat.v4 import new_code_cell
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
         manager = KernelManager(transport='ipc', connection_file=f'{sockets}/kernel.json')
-        command = [python, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
-        manager._kernel_spec = KernelSpec(argv=command, language='python')
+        manager._kernel_spec = KernelSpec(argv=[*python, *KERNEL], language='python')
         client = NotebookClient(nb, km=manager, timeout=None, resources={'metadata': {'path': folder}})
         env = os.environ | {'DISTILL_NB_CACHE': f'{sockets}/cache'}  # not that of whoever runs it
         with client.setup_kernel(cleanup_kc=True, env=env):
