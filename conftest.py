@@ -10,9 +10,10 @@ from collections import Counter
 from contextlib import ExitStack
 
 # Before torch is loaded: the workers share the cores, and all interpreters that the tests start share compiled modules.
-if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
-    share = (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT'])
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, share)))
+def share_cores(workers): os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+if 'PYTEST_XDIST_WORKER_COUNT' in os.environ: share_cores(int(os.environ['PYTEST_XDIST_WORKER_COUNT']))
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 import pytest
@@ -29,6 +30,14 @@ DEVICES = {'cpu': '', 'gpu': CARD}
 
 def pytest_addoption(parser):
     parser.addoption('--flags', default='', help="also run cells and tests with these flags, e.g. 'slow gpu'")
+
+
+def pytest_configure(config):
+    "Workers that run notebooks share the interpreters that are forked: this process starts them, and then the workers."
+    workers = getattr(config.option, 'numprocesses', None)
+    if workers and any('nbs' in a for a in config.args):
+        share_cores(workers)
+        warm.begin(sys.executable, os.environ.get('NOTEBOOK_PYTHON', sys.executable))
 
 
 def flags(config): return config.getoption('--flags').split()

@@ -40,10 +40,16 @@ class _Form:
 
 # %% ../nbs/answers.ipynb #6607a533
 @patch(as_prop=True)
+def high(self:_Form):
+    "Bits of a place beyond the 16 of its word: 0, 2 or 16."
+    return 0 if self.classes <= 2**16 else 2 if self.classes <= 2**18 else 16
+
+@patch(as_prop=True)
 def words(self:_Form):
     "16-bit words of a record, without its checksum."
-    value, place = (2 if self.dtype == 'float32' else 1), (1 if self.classes <= 2**15 else 2)
-    each = self.classes*value if self.top is None else self.top*(value + place) + 2
+    value = 2 if self.dtype == 'float32' else 1
+    each = self.classes*value
+    if self.top: each = self.top*(value + 1) + -(-self.top*self.high//16) + 2
     return math.prod(self.lead)*each
 
 # %% ../nbs/answers.ipynb #53f8e6ce
@@ -57,9 +63,23 @@ def pack(self:_Form, answer):
     "What `shorten` gave as records: int16, shape (B, words)."
     dtype = getattr(torch, self.dtype)
     if self.top is None: return answer.to(dtype).flatten(1).contiguous().view(torch.int16)
-    place = answer.places.to(torch.int16 if self.classes <= 2**15 else torch.int32)
-    parts = answer.values.to(dtype), place, answer.tail.float()
+    parts = [answer.values.to(dtype), _low(answer.places), answer.tail.float()]
+    if self.high: parts.insert(2, _packed(answer.places >> 16, self.high))
     return torch.cat([t.flatten(1).contiguous().view(torch.int16) for t in parts], 1)
+
+# %% ../nbs/answers.ipynb #an230001
+def _low(numbers): return (numbers & 0xffff).to(torch.int16)  # the sign is one more bit
+
+def _packed(numbers, bits):
+    "Small numbers as words, several in each: (..., k) -> int16, (..., ⌈k·bits/16⌉)"
+    n = 16//bits
+    padded = torch.nn.functional.pad(numbers, (0, -numbers.shape[-1] % n)).unflatten(-1, (-1, n))
+    return _low((padded << bits*torch.arange(n, device=numbers.device)).sum(-1))
+
+def _unpacked(words, bits):
+    "What `_packed` made words of, and zeros behind: (..., w) -> int64, (..., w·16/bits)"
+    shifts = bits*torch.arange(16//bits, device=words.device)
+    return ((words.long() & 0xffff)[..., None] >> shifts & 2**bits - 1).flatten(-2)
 
 # %% ../nbs/answers.ipynb #5f8c2cc8
 @patch
@@ -67,14 +87,15 @@ def unpack(self:_Form, records):
     "Records as answers: logits in float32, shape (B, ..., C), or a `TopK`."
     dtype, shape = getattr(torch, self.dtype), (len(records), *self.lead, -1)
     if self.top is None: return records.contiguous().view(dtype).float().view(shape)
-    items = math.prod(self.lead)
-    n, tails = items*self.top*dtype.itemsize//2, 2*items
-    parts = records[:, :n], records[:, n:-tails], records[:, -tails:]
-    best, place, tail = (t.clone(memory_format=torch.contiguous_format) for t in parts)
-    place = place.view(torch.int16 if self.classes <= 2**15 else torch.int32).long()
-    whole = best.view(dtype).float(), place, tail.view(torch.float32)
-    return TopK(*(t.view(shape) for t in whole))
+    k, n = self.top, math.prod(self.lead)
+    sizes = k*dtype.itemsize//2, k, -(-k*self.high//16), 2
+    parts = records.split([n*size for size in sizes], 1)
+    best, low, high, tail = (t.clone(memory_format=torch.contiguous_format) for t in parts)
+    places = low.view(shape).long() & 0xffff
+    if self.high: places |= _unpacked(high.view(shape), self.high)[..., :k] << 16
+    return TopK(best.view(dtype).float().view(shape), places, tail.view(torch.float32).view(shape))
 
+# %% ../nbs/answers.ipynb #an230004
 def _tensors(answer):
     "The tensors of an answer: itself, or the three of a `TopK`."
     return tuple(answer) if isinstance(answer, TopK) else (answer,)

@@ -153,7 +153,7 @@ def _about(self:CachedTeacher, precision):
     data, own, order = self._home
     form = {k: v for k, v in asdict(self.form).items() if k != 'temperature' or self.form.top}
     kept = None if order is None else hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
-    return {'format': 3, 'teacher': self._weights[1], 'data': own.fingerprint(labels=False),
+    return {'format': 4, 'teacher': self._weights[1], 'data': own.fingerprint(labels=False),
             'items': len(data), 'choice of classes': kept, 'precision': precision,
             'form': form | {'lead': list(self.form.lead)}}
 

@@ -302,7 +302,9 @@ class _Judge:
         name = self.valid.measures[0].name
         with placed(student, self.device):
             found = {f'valid_{name}': evaluate(student, self.valid)[name]}
-            if self.test is not None: found |= evaluate(student, self.test) | self.test.by_class()
+            if self.test is not None:
+                found |= evaluate(student, self.test) | self.test.by_class()
+                found |= self.test.more_of(student)
         if self.taught is None: return found
         return found | {'agreement': _share_of(self.test.choices == self.taught, self.taught >= 0)}
 

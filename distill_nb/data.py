@@ -124,6 +124,7 @@ def _normalised(sight, x):
 # %% ../nbs/02_data.ipynb #167d65a9
 class ImageData(Data):
     "Square images as one uint8 tensor on a device, with labels, views and normalisation."
+    items = 'images'
     by_class = None  # are answers judged class by class? None: as its own labels say
 
     def __init__(self,
@@ -270,6 +271,12 @@ def __repr__(self:ImageData):
     views = 'no augmentation' if self.n_views == 1 else f'{self.n_views:,} views'
     about = f'{images}, {len(self.classes)} classes, {views}, {self.device}'
     return f'{type(self).__name__}({self.name}: {about})'
+
+# %% ../nbs/02_data.ipynb #lr0000a1
+@patch(as_prop=True)
+def in_words(self:ImageData)->str:
+    "Their form and the number of classes."
+    return f'{self.channels}x{self.size}x{self.size}, {len(self.classes)} classes'
 
 # %% ../nbs/02_data.ipynb #d2d00006
 @patch

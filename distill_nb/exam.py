@@ -62,12 +62,15 @@ def _fitting(
     "Share of shuffled labels that the answers fit at least as well: float64, (3,)."
     counts, g = labels.bincount().double(), torch.Generator().manual_seed(0)
     weights, log_p = 1 / ((counts > 0).sum() * counts), logits.float().log_softmax(1)
-    def marks(y):
-        right = (logits.argmax(1) == y).double()
-        likely = log_p.gather(1, y[:, None]).double().mean()
-        return torch.stack([right.mean(), (right * weights[y]).sum(), likely])
-    own, every = marks(labels), (torch.randperm(len(labels), generator=g) for _ in range(shuffles))
-    fits = sum((marks(labels[i]) >= own - 1e-9).double() for i in every)
+    best = logits.argmax(1)
+    def marks(y):  # of the labels in several orders, (S, n)
+        right = (best == y).double()
+        likely = log_p.expand(len(y), -1, -1).gather(2, y[..., None]).double().mean((1, 2))
+        return torch.stack([right.mean(1), (right * weights[y]).sum(1), likely])
+    own, fits = marks(labels[None]), torch.zeros(3).double()
+    for some in torch.arange(shuffles).split(max(1, 2**17 // len(labels))):
+        orders = torch.stack([torch.randperm(len(labels), generator=g) for _ in some])
+        fits += (marks(labels[orders]) >= own - 1e-9).double().sum(1)
     return (1 + fits) / (1 + shuffles)
 
 # %% ../nbs/exam.ipynb #c1a55d03
@@ -193,17 +196,21 @@ def _some(data, items):
 
 # %% ../nbs/exam.ipynb #70a3e20f
 def _answers(teacher, asked, kept):
-    "Pairs of logits and batch; those of the places that are judged are appended to `kept`."
+    "Pairs of logits and batch; the places that are judged are appended to `kept`, or none to None."
     order = teacher.class_order(asked)
     for batch in teacher.own(asked).batches(512):
         logits = teacher.answers(batch.x).float().to(asked.device)
         if order is not None: logits = logits[..., order]
         check_answers(logits, batch.y, 'the teacher', batch.weight)
-        y = batch.y.argmax(-1) if batch.y.is_floating_point() else batch.y  # of probabilities
-        judged = y != UNLABELLED
-        if batch.weight is not None: judged = judged & (batch.weight > 0)
-        kept.append((logits[judged].cpu(), y[judged].cpu()))
+        if kept is not None: kept.append(_judged(logits, batch))
         yield logits, batch
+
+def _judged(logits, batch):
+    "Logits and labels of the places that have a label, (n, C) and (n,)."
+    y = batch.y.argmax(-1) if batch.y.is_floating_point() else batch.y  # of probabilities
+    judged = y != UNLABELLED
+    if batch.weight is not None: judged = judged & (batch.weight > 0)
+    return logits[judged].cpu(), y[judged].cpu()
 
 # %% ../nbs/exam.ipynb #a6de0b40
 def _sit(teacher, asked, judge):
@@ -279,6 +286,18 @@ def _fell_short(teacher, asked, found, order):
     return (f'the teacher reaches {_shown(measure, found)} on {len(asked):,} validation items, but '
             f'it reached {then:.1%}{on} before, which luck does not explain: {why}')
 
+# %% ../nbs/exam.ipynb #ex230002
+def _better(teacher, asked, primary, guess):
+    "The primary measure of a teacher that is better than a guesser; a `ValueError` for another."
+    found = asked.measure((z, b) for z, b in _answers(teacher, asked, None))
+    if primary.key(found[primary.name]) > primary.key(guess[primary.name]):
+        return found[primary.name]
+    raise ValueError(
+        f'the teacher reaches {_shown(primary, found)} on {len(asked):,} validation items, which '
+        f'is no better than what a guesser reaches who knows only how often each token occurs, '
+        f'{_shown(primary, guess)}: it was never trained on text like this, its training diverged, '
+        'or its tokens are those of another vocabulary. Train it first.')
+
 # %% ../nbs/exam.ipynb #500523d1
 def check_teacher(
     teacher:nn.Module, # Maps inputs to logits (B, ..., C); or a Teacher
@@ -287,11 +306,11 @@ def check_teacher(
 )->float: # The primary measure of the data, on these items
     "Raise a `ValueError` if a teacher guesses, gives probabilities, or is worse than it was."
     whole('items', items)
-    teacher = teacher_of(teacher)
-    check_classes(teacher, data, 'the teacher')
+    check_classes(teacher := teacher_of(teacher), data, 'the teacher')
     (asked, judge), primary = _some(data, items), data.measures[0]
     teacher.check_outputs(next(teacher.own(asked).batches(64)).x)
     _check_record(teacher.reached or {}, asked.measures)
+    if guess := getattr(asked, 'guess', dict)(): return _better(teacher, asked, primary, guess)
     found, logits, labels = _sit(teacher, asked, judge)
     shown, order = _shown(primary, found), _order_hint(teacher, asked, logits, labels)
     if by_luck(logits, labels, asked.chance):

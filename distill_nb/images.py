@@ -70,7 +70,7 @@ def _is_file(path):
     try: return stat.S_ISREG(os.stat(path).st_mode)
     except OSError: return os.path.islink(path)
 
-def _look(folder, found, folders, links):
+def _look(folder, suffixes, found, folders, links):
     "Sort what lies in one folder."
     try:
         with os.scandir(folder) as entries: entries = list(entries)
@@ -79,15 +79,13 @@ def _look(folder, found, folders, links):
         if is_hidden(e.name): found[HIDDEN].append(e.path)
         elif e.is_dir(follow_symlinks=False): folders.append(e.path)
         elif e.is_symlink() and os.path.isdir(e.path): links.append(e.path)
-        elif not e.name.lower().endswith(IMAGE_SUFFIXES): found[SUFFIX].append(e.path)
+        elif not e.name.lower().endswith(suffixes): found[SUFFIX].append(e.path)
         elif e.is_file(follow_symlinks=False) or _is_file(e.path): found[''].append(e.path)
         else: found[NO_FILE].append(e.path)
 
 # %% ../nbs/images.ipynb #259cd827
-def list_images(
-    folder:str|Path,  # Where to look, also in the folders within
-)->Listing:
-    "The images below a folder, and what was left out."
+def _files_below(folder, suffixes):
+    "Paths below a folder, sorted, by the reason why they are left out; those with '' are wanted."
     must(is_path(folder) and os.path.isdir(folder), 'folder', str(folder), 'one that there is')
     real = Path(os.path.realpath(folder))
     found = {reason: [] for reason in ('', HIDDEN, SUFFIX, NO_FILE, LINK, CLOSED)}
@@ -97,12 +95,18 @@ def list_images(
         target = os.path.realpath(here)
         if target in seen: found[LINK].append(here); continue
         seen.add(target)
-        _look(here, found, folders, links)
+        _look(here, suffixes, found, folders, links)
         links.sort()
-    images, *rest = (sorted(paths) for paths in found.values())
-    return Listing(images, {why: paths for why, paths in zip(list(found)[1:], rest) if paths})
+    return {why: sorted(paths) for why, paths in found.items()}
 
-# %% ../nbs/images.ipynb #259cd828
+# %% ../nbs/images.ipynb #pgimag27
+def list_images(
+    folder:str|Path,  # Where to look, also in the folders within
+)->Listing:
+    "The images below a folder, and what was left out."
+    left_out = _files_below(folder, IMAGE_SUFFIXES)
+    return Listing(left_out.pop(''), {why: paths for why, paths in left_out.items() if paths})
+
 def image_files(
     folder:str|Path,  # Where to look, also in the folders within
 )->list:  # Paths, sorted

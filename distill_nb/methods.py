@@ -253,6 +253,18 @@ def _check_settings(settings):
     good = [isinstance(s, dict) and s not in settings[:i] for i, s in enumerate(settings)]
     must(good and all(good), 'settings', settings, 'at least one dict, and different ones')
 
+# %% ../nbs/methods.ipynb #lr000201
+def _try_each(name, make_student, made, recipe, valid, setup):
+    "Try contenders once each; `made`: pairs of a setting and its contender. The best, and rows."
+    settings = [s for s, _ in made]
+    labels = {' '.join(f'{k}={v}' for k, v in s.items()): s for s in settings}
+    if len(settings) == 1: return settings[0], []
+    asked = dict(zip(labels, (c for _, c in made)))
+    best, rows = choose(make_student, asked, recipe, valid, name, [1000], **setup)
+    measure = f'valid_{valid.measures[0].name}'
+    return labels[best], [{'method': name, **s, measure: rows[label] and rows[label][measure]}
+                          for label, s in labels.items()]
+
 # %% ../nbs/methods.ipynb #50cdd03b
 def choose_setting(
     name:str, # A key of METHODS
@@ -265,14 +277,9 @@ def choose_setting(
     settings = _settings_of(name) if settings is None else list(settings)
     _check_settings(settings)
     check_data(valid, 'valid')
-    labels = {' '.join(f'{k}={v}' for k, v in s.items()): s for s in settings}
-    made = {label: contender(name, task, **s) for label, s in labels.items()}
+    made = [(s, contender(name, task, **s)) for s in settings]
     for s in settings: rehearse(name, task, **s)
-    if len(settings) == 1: return settings[0], []
-    best, rows = choose(task.make_student, made, task.recipe, valid, name, [1000], **setup)
-    measure = f'valid_{valid.measures[0].name}'
-    return labels[best], [{'method': name, **s, measure: rows[label] and rows[label][measure]}
-                          for label, s in labels.items()]
+    return _try_each(name, task.make_student, made, task.recipe, valid, setup)
 
 # %% ../nbs/methods.ipynb #ddmethod
 guard(globals())

@@ -245,10 +245,13 @@ def evaluating(
         for m, mode in modes: m.training = mode
 
 # %% ../nbs/03_models.ipynb #d3d00006
-def _check_shape(shape):
-    "Refuse what is no shape of an image that fits into memory"
+def _one(shape, dtype):
+    "A batch of one item that is all zeros; `shape`: that of an image, or an item"
+    if isinstance(shape, Tensor):
+        return torch.zeros_like(shape, dtype=dtype if shape.is_floating_point() else None)[None]
     for n in shape: whole('each number in shape', n)
     must(0 < math.prod(shape) <= 2**28, 'shape', shape, 'that of an image of at most 2^28 numbers')
+    return torch.zeros(1, *shape, dtype=dtype)
 
 def _place(device):
     "A device that is there"
@@ -259,18 +262,17 @@ def _place(device):
 # %% ../nbs/03_models.ipynb #c54a6e4d
 def profile_model(
     model:nn.Module,         # Network; it is left as it was found
-    shape:tuple=(3, 32, 32), # Shape of one image
+    shape:tuple|Tensor=(3, 32, 32), # Shape of one image; or an item of any other kind
     device:torch.device|None=None, # Where to measure; None: where the network is
     repeats:int=20,          # Calls that are timed
 ) -> ModelCost:
-    "Parameters, MACs, bytes and latency of `model` for one image"
+    "Parameters, MACs, bytes and latency of `model` for one item"
     p = next(model.parameters(), None)
     must(p is not None, 'model', model, 'a network with parameters; of a Teacher give .model')
-    _check_shape(shape)
     device = p.device if device is None else _place(device)
     with evaluating(model):
         there = model if device == p.device else copy.deepcopy(model).to(device)
-        x = torch.zeros(1, *shape, dtype=p.dtype, device=device)
+        x = _one(shape, p.dtype).to(device)
         macs, latency_ms = count_macs(there, x), measure_latency(there, x, repeats)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelCost(parameters, macs, len(pack_weights(model)), latency_ms)

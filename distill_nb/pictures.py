@@ -266,6 +266,11 @@ def _dino(b):
     b.write(1.13, _TOP - .03, 'large', True)
     b.write(1.13, _MID + .03, 'all', True)
 
+def _language(b):
+    _images(b, 'text'), _teacher(b), _student(b), _soft(b, 'at every token', True)
+    _row(b, _LOW, 'next token', _LABELS, True)
+    _loss(b, (_MID + _LOW) / 2, 'hard loss\nat every token', (_MID, _LOW), True)
+
 # %% ../nbs/pictures.ipynb #fa000027
 def _generator(b):
     _images(b, 'generator', True), _teacher(b), _student(b), _soft(b, 'T² · KL')
@@ -283,7 +288,8 @@ def _inversion(b):
 # %% ../nbs/pictures.ipynb #fa000028
 _KINDS = dict(alone=_alone, logits=_logits, cache=_cache, features=_features,
               generations=_generations, exits=_exits, average=_average, token=_token,
-              embedding=_embedding, dino=_dino, generator=_generator, inversion=_inversion)
+              embedding=_embedding, dino=_dino, generator=_generator, inversion=_inversion,
+              language=_language)
 
 # %% ../nbs/pictures.ipynb #fa00002a
 def draw_kind(

@@ -57,7 +57,7 @@ class Data:
     n_views = 1  # of every item
     measures = ()  # what is measured, as Measure; the first is primary
     chance = None  # share of each class, (C,), which is what a guesser knows; None: not known
-    called = 'a data set, such as an ImageData'  # in a sentence
+    called, items = 'a data set, such as an ImageData', 'items'  # in a sentence, it and they
 
     @staticmethod
     def like(value): return hasattr(value, 'measures')  # whatever can be measured on
@@ -189,6 +189,11 @@ def recalls(self:Data,
 )->list|None:  # A share for each class, None for one that does not occur; None: no such thing
     "What share of each class was recognised."
 
+# %% ../nbs/protocol.ipynb #pr230002
+@patch
+def guess(self:Data)->dict|None: # {name of the primary measure: value}; None: judged by chance
+    "What a guesser reaches on these items, where the data know it."
+
 # %% ../nbs/protocol.ipynb #fdp00021
 @patch
 def sample_size(self:Data,
@@ -196,6 +201,20 @@ def sample_size(self:Data,
 )->int:
     "How many items tell what is measured; where some tell more than others, how many alike would."
     return int(self.labelled.sum())
+
+# %% ../nbs/protocol.ipynb #rl000002
+@patch
+def more_of(self:Data,
+    model,  # A network, where the data are
+)->dict:  # Numbers by name
+    "What else is measured of a model, beside its answers to these items."
+    return {}
+
+# %% ../nbs/protocol.ipynb #rl000004
+@patch(as_prop=True)
+def in_words(self:Data)->str:
+    "What an item looks like, and how many classes there are."
+    return f'{len(self.classes):,} classes'
 
 # %% ../nbs/protocol.ipynb #c1a55e0e
 def class_weights(

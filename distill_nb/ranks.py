@@ -30,6 +30,8 @@ def meet()->tuple: # (rank, size)
     "Meet the processes that a launcher started together with this one, if it started several."
     told = all(os.environ.get(name) for name in _MEETING) and int(os.environ['WORLD_SIZE']) > 1
     if told and not dist.is_initialized():
+        # All wait for the last: one that ends at once would look dead to one that still connects.
+        os.environ.setdefault('TORCH_DIST_INIT_BARRIER', '1')
         dist.init_process_group()
         atexit.register(_part)
     return world()

@@ -26,14 +26,12 @@ from .compare import Comparison, Table, share_interval, table
 # %% ../nbs/report.ipynb #2ab0907b
 def about_data(
     name:str, # As the option --data
-    d:Splits, # Of images
+    d:Splits, # Of any kind
 )->str:
     "A data set in a line."
     check_splits(d)
-    must(hasattr(d.train, 'channels'), 'd', d, 'splits of images')
     sizes = ', '.join(f'{len(split):,} {part}' for part, split in zip(d._fields, d))
-    t = d.train
-    return f'{name}: {sizes} images, {t.channels}x{t.size}x{t.size}, {len(t.classes)} classes'
+    return f'{name}: {sizes} {d.train.items}, {d.train.in_words}'
 
 # %% ../nbs/report.ipynb #d3d00034
 def head_of(
@@ -132,6 +130,13 @@ def _plain(measure):
     if measure.name != 'balanced_accuracy': return {}
     return {'accuracy %': lambda r: _percent(r['accuracy'])}
 
+def _of_texts(measure):
+    if measure.name != 'bits_per_byte': return {}
+    words = {'perplexity': 'perplexity', 'samples, teacher bits': 'teacher_bits',
+             'own bits': 'own_bits'}
+    return {title: lambda r, key=key: f'{r[key]:.2f}' if key in r else ''
+            for title, key in words.items()}
+
 # %% ../nbs/report.ipynb #b85278c2
 def result_columns(
     measure:Measure, # Of the result
@@ -150,6 +155,7 @@ def result_columns(
         f"{'gain' if measure.higher else 'difference'} [95 %]": lambda r: _gain(r, measure),
         'steps': _steps,
         'agreement %': lambda r: _percent(r['agreement']),
+        **_of_texts(measure),
         'ECE %': lambda r: _percent(r.get('ece'))}
 
 # %% ../nbs/report.ipynb #d3d00031
@@ -180,10 +186,12 @@ def show_setting(
 
 def _how(row, others):
     "What tells a student from the other distilled ones of its setting."
-    if len({r.get('cache') for r in others}) > 1:
-        word = row['cache']
-        return ', live teacher' if word == 'live' else f", {word} view{'s' * (word != '1')}"
-    return '' if {r['method'] for r in others} == {'kd'} else f", {row['method']}"
+    methods = [r['method'] for r in others]
+    if set(methods) != {'kd'}:
+        return f", {row['method' if len(set(methods)) == len(methods) else 'model']}"
+    if len({r.get('cache') for r in others}) == 1: return ''
+    word = row['cache']
+    return ', live teacher' if word == 'live' else f", {word} view{'s' * (word != '1')}"
 
 # %% ../nbs/report.ipynb #6bab54b0
 def _said_of(ci, measure):
@@ -351,8 +359,7 @@ small{color:#777}
 _PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>Distillation: {name}</title>
 <style>{style}</style><h1>Distillation: {name}</h1><p>{data}.</p><ul>{said}</ul>{table}
-<p><small>{about} {few} {choice} MACs, size and latency for one item. ECE: expected calibration
-error.</small></p>
+<p><small>{about} {few} {choice} MACs, size and latency for one item.{ece}</small></p>
 {classes}
 {images}{folder}<h2>How to repeat it</h2><pre>{command}</pre>
 <p><small>{hardware}; {software}; {date}; {seconds}.</small></p>
@@ -424,7 +431,7 @@ _WHO = {'few_labels': 'With few labels, {} training images have a label',
 
 def _notes(result):
     "Sentences on images without labels, and on what was chosen."
-    counts, taught = result['labelled_images'], result['rows'][0].get('seconds')
+    counts, taught = result.get('labelled_images', {}), result['rows'][0].get('seconds')
     few = ' '.join(f"{text.format(counts[k])}; the student alone sees those"
                    f"{_who_sees(result['rows'])}."
                    for k, text in _WHO.items() if counts.get(k))
@@ -434,10 +441,12 @@ def _notes(result):
               if tried else 'Settings were given.')
     return few, choice
 
+def _ece(rows): return ' ECE: expected calibration error.' * any('ece' in r for r in rows)
+
 # %% ../nbs/report.ipynb #d3d00033
 def _check_report(result, pictures, *names):
     "Refuse a result that lacks a part, and pictures that are none."
-    keys = *names, 'rows', 'measure', 'seconds', 'resumed', 'seeds', 'tries', 'labelled_images'
+    keys = *names, 'rows', 'measure', 'seconds', 'resumed', 'seeds', 'tries'
     lacks = [k for k in keys if k not in result]
     if lacks: raise ValueError(f"result must be that of a run, but lacks {', '.join(lacks)}.")
     good = all(isinstance(k, str) and isinstance(v, bytes) for k, v in pictures.items())
@@ -461,7 +470,7 @@ def make_report(
     said = ''.join(f'<li>{html.escape(v)}</li>' for v in verdicts(rows, measure))
     return _PAGE.format(style=_STYLE, table=_html_table(rows, measure), said=said, few=few,
                         classes=_html_classes(result), images=_html_images(pictures), about=about,
-                        choice=choice, seconds=seconds, folder=folder, **plain,
+                        choice=choice, seconds=seconds, folder=folder, ece=_ece(rows), **plain,
                         recipe=html.escape(json.dumps(recipe, indent=1)))
 
 # %% ../nbs/report.ipynb #ddreport

@@ -7,7 +7,7 @@ __all__ = ['model_names', 'build_model', 'load_weights', 'Says', 'package_says',
            'open_model']
 
 # %% ../nbs/zoo.ipynb #97d14cf2
-import copy, difflib, inspect, math, os, pickle, re, sys, traceback, types, zlib
+import copy, difflib, inspect, math, os, re, sys, traceback, types, zlib
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from .doors import different_names, guard, must, number, plain, reason, whole
 from .files import from_json
 from .weights import fitting, read_checkpoint
+from .hub import _extra, _from_config, _from_hub
 from .models import (WideResNet, checked_state, digit_student, digit_teacher, head_name,
                                imagenet_weights, resnet110, resnet14, resnet18, resnet20, resnet32,
                                resnet32x4, resnet34, resnet44, resnet50, resnet56, resnet8,
@@ -74,21 +75,9 @@ def _set_channels(model, channels):
     return model
 
 # %% ../nbs/zoo.ipynb #424ac0e6
-@contextmanager
-def _extra():
-    "Inside, a package of the extra hub is imported; if it is not installed, that is a sentence"
-    try: yield
-    except ImportError as e:
-        raise ValueError(f"{e.name} could not be imported ({reason(e)}): "
-                         "pip install 'distill_nb[hub]'") from None
-
 def _timm():
-    with _extra(): import timm
+    with _extra('hub'): import timm
     return timm
-
-def _transformers():
-    with _extra(): import transformers
-    return transformers
 
 # %% ../nbs/zoo.ipynb #43782ac9
 def _timm_says(name):
@@ -102,83 +91,13 @@ def _timm_model(name, classes, channels, size, **more):
     if _timm_says(name).fixed_input_size: more['img_size'] = size
     return _timm().create_model(name, num_classes=classes, in_chans=channels, **more)
 
-# %% ../nbs/zoo.ipynb #7b67fc56
-@contextmanager
-def _quiet():
-    "transformers says less inside: what matters of its report is checked, and said in a line"
-    log = _transformers().utils.logging
-    before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)
-    log.disable_progress_bar()
-    try: yield
-    finally:
-        log.set_verbosity(before)
-        if bars: log.enable_progress_bar()
-
-# %% ../nbs/zoo.ipynb #5e8a31c4
-_READS = dict(AutoConfig='config.json', AutoImageProcessor='preprocessor_config.json')
-
-def _unread(kind, name, e):
-    "A sentence for what transformers could not read"
-    folder, said = Path(name), str(e)
-    if 'custom code' in said or 'trust_remote_code' in said:
-        return f"'hf:{name}' wants code of its own, which is not run: open it in FILE.py:FUNCTION."
-    if config := re.search(r'Unrecognized configuration class .*?(\w+)Config\b', said):
-        return f"'hf:{name}' is a {config[1]}, which sorts no images into classes."
-    if not folder.is_dir(): return (
-        f"'hf:{name}' is no folder with a model, and did not come from the hub ({reason(e)}). "
-        'Download config.json, model.safetensors and preprocessor_config.json from '
-        f'https://huggingface.co/{name} into a folder, and give hf:FOLDER.')
-    return _damaged_file(kind, folder, e)
-
-
-# %% ../nbs/zoo.ipynb #5e8a31c3
-def _damaged_file(kind, folder, e):
-    "A sentence for a file that a folder lacks, or that could not be read"
-    weights = sorted(f.name for f in folder.iterdir() if f.suffix in ('.safetensors', '.bin'))
-    files = [_READS[kind]] if kind in _READS else weights or ['model.safetensors']
-    if not (folder/files[0]).is_file(): return f"the folder 'hf:{folder}' has no {files[0]}."
-    if isinstance(e, pickle.UnpicklingError): return (
-        f"{', '.join(files)} of 'hf:{folder}' is damaged or holds more than tensors; nothing in it "
-        'was run.')
-    return f"{', '.join(files)} of 'hf:{folder}' cannot be read: {type(e).__name__}: {reason(e)}"
-
-
-# %% ../nbs/zoo.ipynb #d3d00042
-_LARGEST = dict(num_labels=10**6, num_channels=10_000, image_size=10_000, size=10_000,
-                crop_size=10_000, num_hidden_layers=1000, num_attention_heads=1000)
-
-def _leaves(value):
-    "What stands in lists and dicts"
-    if isinstance(value, dict): value = list(value.values())
-    return [v for inside in value for v in _leaves(inside)] if isinstance(value, list) else [value]
-
-def _check_sizes(file):
-    "Refuse a JSON file whose numbers would take all memory or all time"
-    try: found = from_json(file.read_bytes(), file)
-    except (OSError, ValueError): return  # which transformers does not read either
-    for key, most in _LARGEST.items() if isinstance(found, dict) else ():
-        ok = all(v is None or 0 < number(v) <= most for v in _leaves(found.get(key)))
-        must(ok, f"{key} in '{file}'", found.get(key), f'numbers from 1 to {most:,}')
-
 # %% ../nbs/zoo.ipynb #6794a5ef
-def _from_hub(kind, name, **more):
-    "What a class of transformers reads from a folder or from the hub"
-    if kind in _READS: _check_sizes(Path(name)/_READS[kind])
-    read = getattr(_transformers(), kind).from_pretrained
-    try:
-        with _quiet(): return read(name, trust_remote_code=False, **more)
-    except Exception as e: raise ValueError(_unread(kind, name, e)) from e
-
 def _hf_model(name, classes, channels, size):
     config = _from_hub('AutoConfig', name)
     config.num_labels = classes
     for key, value in dict(num_channels=channels, image_size=size).items():
         if hasattr(config, key): setattr(config, key, value)
-    make = _transformers().AutoModelForImageClassification.from_config
-    try:
-        with _quiet(): return make(config, trust_remote_code=False)
-    except Exception as e: raise ValueError(_unread('AutoConfig', name, e)) from e
+    return _from_config('AutoModelForImageClassification', name, config)
 
 # %% ../nbs/zoo.ipynb #508dce07
 def _fails(e, path):

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small import Texts, images, net, write_folder, write_image
-from distill_nb import losses
+from distill_nb import language, losses
 from distill_nb.compare import Comparison, Contender
 from distill_nb.protocol import Batch, Data, Measure
 from distill_nb.data import ImageData, Splits
@@ -261,6 +261,51 @@ WITHOUT |= {'cifar10', 'cifar100', 'mnist', 'fashion_mnist'}
 LEGITIMATE |= {('load_data', 'name'): 'it is the data of the command'}
 
 
+# vocabulary
+def words(): return __import__('distill_nb.vocabulary').vocabulary.train_bpe(['low lower lowest'], 260)
+
+
+GOOD |= {'BPETokenizer.merges': lambda: [(97, 98), (257, 99)], 'train_bpe.texts': lambda: ['low lower lowest'],
+         'train_bpe.size': lambda: 260, 'Tokenizer.decode.ids': lambda: [97, 98], 'check_vocabularies.own': words,
+         'check_vocabularies.other': words,
+         'tokenizer_of.state': lambda: words().state()}
+INSTANCES |= {'Tokenizer': words, 'BPETokenizer': words}
+WORDS |= {'ids': 'whole numbers'}
+
+
+# text
+def documents(): return [text().Document(f'{i}', f'Text {i} of a dozen, with words.') for i in range(12)]
+
+
+def text(): return __import__('distill_nb.text').text
+
+
+def windows(): return text().TextData(text().row_of(documents(), words()), words(), 8, 2)
+
+
+def asked_windows(): return [(torch.zeros(2, 8, len(words())), windows().get([0, 1]))]
+
+
+def text_files():
+    Path('texts').mkdir(exist_ok=True)
+    for d in documents(): Path('texts', f'{d.name}.txt').write_text(d.text)
+    return 'texts'
+
+
+GOOD |= {'documents': documents, 'tokenizer': words, 'row': lambda: text().row_of(documents(), words()),
+         'TextData.length': lambda: 8, 'TextData.views': lambda: 2, 'TextData.offset.view': lambda: 1,
+         'TextData.get.index': lambda: [0, 1], 'TextData.get.view': lambda: [0, 1], 'by_document.data': windows,
+         'TextData.places.batch': lambda: windows().get([0, 1]), 'TextData.part.share': lambda: 0.5,
+         'TextData.subset.index': lambda: [0, 1], 'nats_of.logits': lambda: torch.zeros(2, 8, 5),
+         'nats_of.labels': lambda: torch.zeros(2, 8, dtype=torch.long), 'text_splits.length': lambda: 8,
+         'english.tokenizer': lambda: 260, 'read_texts.path': text_files, 'text_folder.path': text_files,
+         'text_folder.tokenizer': lambda: 260, 'text_folder.length': lambda: 8, 'text_splits.tokenizer': lambda: 260,
+         'Document.text': lambda: 'A text.', 'TokenRow.tokens': lambda: torch.zeros(3, dtype=torch.int32),
+         'TextFiles.documents': documents}
+GOOD |= {f'{f}.answers': asked_windows for f in ('TextData.measure', 'by_document')}
+INSTANCES |= {'TextData': windows}
+
+
 # models
 def resnet(): return CifarResNet(8, 3)
 
@@ -284,6 +329,19 @@ GOOD |= {'Attention.forward.x': lambda: torch.zeros(2, 5, 8), 'Patches.forward.x
          'ViT.tokens.x': lambda: torch.zeros(2, 1, 4, 4), 'ViT.forward.x': lambda: torch.zeros(2, 1, 4, 4),
          'ViT.positions.grid': lambda: (2, 3), 'with_token.model': little_vit}
 INSTANCES |= {'ViT': little_vit}
+
+
+# gpt
+def little_gpt(): return __import__('distill_nb.gpt').gpt.GPT(8, 4, 8, 1, 2)
+
+
+GOOD |= {'CausalAttention.width': lambda: 8, 'MLP.width': lambda: 8, 'GPTBlock.width': lambda: 8,
+         'GPT.classes': lambda: 8, 'GPT.hidden.x': lambda: torch.zeros(2, 3, dtype=torch.long),
+         'build_gpt.name': lambda: 'gpt_micro',
+         'generate.ids': lambda: torch.zeros(2, 3, dtype=torch.long), 'with_dropout.share': lambda: 0.1,
+         'generate.model': little_gpt, 'generate.n': lambda: 2, 'with_dropout.model': little_gpt,
+         'build_gpt.classes': lambda: 8, 'build_gpt.length': lambda: 8}
+INSTANCES |= {'GPT': little_gpt}
 
 
 # devices, contract, students, history, training
@@ -434,6 +492,20 @@ INSTANCES |= {'Embed': _embedded}
 WORDS |= {'a': 'embeddings|rows in a and b', 'b': 'embeddings|rows in a and b', 'd': 'projection', 'D': 'projection'}
 
 
+# chunks
+def _hidden(seed=0):
+    "Logits of six places and three classes that were not computed yet."
+    from distill_nb.chunks import HiddenLogits
+    return HiddenLogits(_placed(6 + seed), torch.randn(3, 5))
+
+
+GOOD |= {'chunked_loss.loss': INSTANCES['DistillationLoss'], 'chunked_loss.student': _hidden,
+         'chunked_loss.labels': GOOD['labels'], 'chunked_loss.weight': GOOD['weight'],
+         'chunked_loss.teacher': partial(logits, 1), 'HiddenLogits.hidden': _placed,
+         'HiddenLogits.weight': lambda: torch.randn(3, 5), 'HiddenLogits.bias': lambda: torch.zeros(3)}
+INSTANCES |= {'HiddenLogits': _hidden}
+
+
 # self_distillation, exits
 def exits():
     from distill_nb.exits import EarlyExits
@@ -520,6 +592,67 @@ GOOD |= {'dafl_losses.features': logits, 'Generator.size': lambda: 4, 'DataFree.
          'distill_without_data.method': lambda: 'generator', 'distill_without_data.recipe': BY_KIND[Recipe],
          'distill_without_data.setup': BY_KIND[Setup]}
 INSTANCES |= {'Pictures': pictures, 'DataFree': data_free}
+
+
+# causal
+def hf_source():
+    "A tokenizer of transformers, as far as it is looked at."
+    import tokenizers
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0, 'b': 1, 'end': 2}, unk_token='a'))
+    return types.SimpleNamespace(backend_tokenizer=core, eos_token_id=2, save_pretrained=lambda folder: None)
+
+
+def hf_words(): return __import__('distill_nb.causal').causal.HFTokenizer(hf_source())
+
+
+def hf_network():
+    "A network in the form of a causal model of transformers."
+    class Network(nn.Module):
+        config = types.SimpleNamespace(max_position_embeddings=8)
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.inner, self.lm_head = nn.Embedding(9, 4), nn.Module(), nn.Linear(4, 9)
+            self.inner.forward = lambda input_ids, **_: types.SimpleNamespace(last_hidden_state=self.embed(input_ids))
+
+        def forward(self, input_ids, **_):
+            return types.SimpleNamespace(logits=self.lm_head(self.inner(input_ids).last_hidden_state))
+
+        def get_decoder(self): return self.inner
+        def get_input_embeddings(self): return self.embed
+        def get_output_embeddings(self): return self.lm_head
+    return Network()
+
+
+def small_gpt():
+    from distill_nb.gpt import build_gpt
+    return build_gpt('gpt_micro', 257, 8)
+
+
+def plain_bytes(): return __import__('distill_nb.vocabulary').vocabulary.ByteTokenizer()
+
+
+def causal_model(): return __import__('distill_nb.causal').causal.CausalLM(hf_network())
+
+
+GOOD |= {'HFTokenizer.source': hf_source, 'HFTokenizer.encode.text': lambda: 'a b',
+         'HFTokenizer.decode.ids': lambda: [0, 1], 'CausalLM.model': hf_network, 'CausalLM.classes': lambda: 9,
+         'CausalLM.hidden.x': lambda: torch.zeros(1, 3).long(),
+         'open_language_model.name': lambda: 'gpt_micro', 'open_language_model.tokenizer': plain_bytes,
+         'open_language_model.length': lambda: 8, 'open_language_model.dtype': lambda: 'float32',
+         'save_language_model.model': small_gpt, 'save_language_model.tokenizer': plain_bytes,
+         'save_language_model.path': lambda: 'student.safetensors', 'OpenedLM.model': small_gpt,
+         'OpenedLM.tokenizer': plain_bytes, 'OpenedLM.trained': lambda: True, 'OpenedLM.said': list,
+         'OpenedLM.facts': dict}
+INSTANCES |= {'HFTokenizer': hf_words, 'CausalLM': causal_model}
+WITHOUT |= {'HFTokenizer.save'}  # it takes seconds to load transformers
+
+
+# language
+GOOD |= {'Data.more_of.model': net, 'folder_in.data': lambda: 'text:texts',
+         'samples_cost.student': small_gpt, 'samples_cost.teacher': small_gpt, 'samples_cost.end': lambda: 256,
+         'samples_cost.texts': lambda: 2, 'samples_cost.length': lambda: 3}
+INSTANCES |= {'DistillLM': lambda: language.DistillLM(net(), knowing(), examine=False)}
 
 
 # zoo
@@ -661,6 +794,33 @@ GOOD |= {'draw_parts.hashes': lambda: torch.randint(256, (20, 32)).to(torch.uint
 INSTANCES |= {'EmbedOptions': asked_of_an_embedding}
 WITHOUT |= {'prepare_embed', 'run_embed', 'EmbedJob', 'EmbedJob.transfer', 'EmbedJob.asked',
             'Album'}  # they train
+
+
+# language_run
+TEXT = dict(data='text:texts', student='gpt_micro', teacher='gpt_micro', length=8, vocabulary=257, steps=1,
+            teacher_steps=1, tries=1, batch_size=2, device='cpu')
+
+
+def asked_of_a_text():
+    Path('texts').mkdir(exist_ok=True)
+    for i in range(12): Path(f'texts/{i}.txt').write_text(f'{i} green bottles are hanging on the wall. ' * 4)
+    return __import__('distill_nb.language_run').language_run.LanguageOptions(**TEXT)
+
+
+def text_rows():
+    run = dict(seed=0, bits_per_byte=2., teacher_bits=3., own_bits=1.)
+    return [dict(setting='all_text', model='alone', runs=[run]),
+            dict(setting='all_text', model='distilled', runs=[run], difference=0.)]
+
+
+GOOD |= {'settings_to_try.tries': lambda: 4, 'settings_to_try.given': dict, 'LanguageOptions.data': lambda: 'english',
+         'read_language.options': asked_of_a_text, 'read_language.tokenizer': lambda: 257,
+         'prepare_language.options': asked_of_a_text, 'by_measure.rows': text_rows,
+         'draw_topics.topics': lambda: [dict(document='a', teacher=2., alone=3.)],
+         'draw_topics.models': lambda: ['teacher', 'alone']}
+INSTANCES |= {'LanguageOptions': asked_of_a_text}
+WITHOUT |= {'prepare_language', 'run_language', 'run_part', 'LanguageJob', 'LanguageJob.answering',
+            'LanguageJob.contender', 'LanguageArm'}  # they train
 
 
 # cli

@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from tools import warm
+
+warm.look_once()
+
 
 class Masked(nn.Module):
     "A model that masks some of its classes with -inf."

@@ -247,3 +247,17 @@ def test_it_is_a_command():
     code = 'from distill_nb.cli import main_bench; main_bench()'
     p = subprocess.run([*python(), '-c', code, '--help'], capture_output=True, text=True)
     assert p.returncode == 0 and '--to_accuracy' in p.stdout and '--method' in p.stdout
+
+
+def test_a_pair_of_language_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, '_peak_memory', lambda *_: None)
+    out = tmp_path/'gpt.json'
+    assert command('--pair', 'gpt', '--steps', 1, '--batch_size', 2, '--device', 'cpu', '--out', out) == 0
+    r, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert r['pair'] == 'gpt_mini -> gpt_micro' and 'vocabulary of 1,024' in r['data'] and bench_text(r) in printed
+    answers = {row['method']: row['answers'] for row in r['rows']}
+    assert answers == {'alone': None, 'alone, all logits': None, 'live': 'live', 'live, all logits': 'live',
+                       'kept, all': 'kept', 'kept, top 32': 'kept'}
+    assert {row['precision'] for row in r['rows']} == {'float32'} and all(row['step_ms'] > 0 for row in r['rows'])
+    for more in (('--method', 'kd'), ('--data', 'digits')):
+        assert command('--pair', 'gpt', *more) == 2 and 'left out for the pair gpt' in capsys.readouterr().err

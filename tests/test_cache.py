@@ -111,7 +111,8 @@ def test_the_words_of_a_record_lie_where_they_always_did():
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
 @pytest.mark.parametrize('lead', [(7,), (1,), (3, 2)])
-@pytest.mark.parametrize('C,k', [(5, None), (5, 4), (40_000, 3)])
+@pytest.mark.parametrize('C,k', [(5, None), (5, 4), (40_000, 3), (70_000, 9), (2**18, 8), (2**18 + 1, 3)])
+@pytest.mark.filterwarnings('error')
 def test_a_record_holds_all_places_of_an_item(dtype, lead, C, k):
     v, form = 5*torch.randn(4, *lead, C), _Form(C, dtype, top=k, temperature=2., lead=lead)
     answer = form.shorten(v)
@@ -120,6 +121,7 @@ def test_a_record_holds_all_places_of_an_item(dtype, lead, C, k):
     told, flat = form.unpack(records), _Form(C, dtype, top=k, temperature=2.)
     if k is None: return torch.testing.assert_close(told, v.to(getattr(torch, dtype)).float(), rtol=0, atol=0)
     assert [t.shape for t in told] == [(4, *lead, k), (4, *lead, k), (4, *lead, 1)]
+    assert torch.equal(told.places, answer.places) and torch.equal(told.tail, answer.tail)
     alone = flat.unpack(flat.pack(flat.shorten(v.flatten(0, -2))))  # each place as an item of its own
     for a, b in zip(told, alone): assert torch.equal(a.flatten(0, -2), b)
 

@@ -21,12 +21,14 @@ from distill_nb.methods import METHODS
 from distill_nb.report import result_table, stored_result, verdicts
 from distill_nb.run import PRESETS, command_line, free_folder
 from distill_nb.embed_run import EmbedOptions
+from distill_nb.language_run import LanguageOptions
 from distill_nb.bench import distill_nb_bench
-from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
-                            run_command)
+from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
+                            distill_nb_predict, run_command)
 from processes import python
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
+SHORT = ['--epochs', '1', '--teacher_epochs', '1', '--seeds', '1', '--labels', '0', *QUICK[6:]]
 COLUMNS = {'setting', 'model', 'accuracy', 'ci95', 'agreement', 'ece', 'parameters', 'macs', 'bytes', 'latency_ms',
            'seconds'}
 ACCURACY = Measure('accuracy', share=True)
@@ -133,7 +135,7 @@ def test_a_stored_result_is_read_in_todays_form_and_says_what_it_said():
                 n = int(re.search(r'([0-9,]+) test images', old['data'])[1].replace(',', ''))
                 right = was[measure.name] * n
                 assert right == pytest.approx(round(right), abs=1e-6) and row['ci95'] == share_interval(round(right), n)
-    assert found == {'seeds', 'test images'}
+    assert found == {'seeds', 'test images', 'test windows'}
 
 
 def test_a_share_near_one_is_not_said_to_be_known_better_than_it_is():
@@ -183,7 +185,7 @@ def test_every_command_has_an_entry_point():
     scripts = (Path(__file__).parent.parent/'pyproject.toml').read_text().split('[project.scripts]')[1].split('[')[0]
     found = dict(re.findall(r'^(\w+) = "(.+)"$', scripts, re.M))
     assert set(found) == {'distill_nb', 'distill_nb_bench', 'distill_nb_data_free', 'distill_nb_embed',
-                          'distill_nb_predict'}
+                          'distill_nb_language', 'distill_nb_predict'}
     for place in found.values():
         module, function = place.split(':')
         assert callable(getattr(importlib.import_module(module), function))
@@ -540,12 +542,12 @@ def test_a_signal_ends_a_run_with_a_line_that_says_how_to_continue_it(name, hear
     number, out, stop = signal.Signals[name], tmp_path/'my run', run.run_setting
     before = [signal.getsignal(n) for n in signal.Signals]
     monkeypatch.setattr(run, 'run_setting', lambda *_: signal.raise_signal(number))
-    assert command(*QUICK, '--out', out) == 128 + number
+    assert command(*SHORT, '--out', out) == 128 + number
     more = f"with --out '{out}' --resume it continues from its last checkpoint, and they are at least 30 s apart"
     assert capsys.readouterr().err.endswith(f'distill_nb: {SIGNALS[name]}; {more}\n')
     assert [signal.getsignal(n) for n in signal.Signals] == before and not (out/'.lock').exists()
     monkeypatch.setattr(run, 'run_setting', stop)
-    assert command(*QUICK, '--out', out, '--resume') == 0
+    assert command(*SHORT, '--out', out, '--resume') == 0
 
 
 @pytest.mark.parametrize('place', ['prepare', '_train_teacher'])
@@ -597,12 +599,13 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_ends_whole(tmp_path, 
     folder = tmp_path/'run'
     argv = [*QUICK[2:], '--epochs', '500', '--out', str(folder)]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    p = subprocess.Popen([sys.executable, '-m', 'distill_nb', *argv], **pipes)
+    p = subprocess.Popen([*python(), '-m', 'distill_nb', *argv], **pipes)
     while p.poll() is None and not list(folder.glob('work/all_labels/*/curve.csv')): time.sleep(0.02)
     for more in ([], ['--resume']):
         assert command(*argv, *more) == 2
         said = capsys.readouterr().err
-        assert 'holds this run already' in said if not more else f"'{folder}' is in use by process {p.pid}.\n" in said
+        used = rf"'{folder}' is in use by process \d+\.\n"
+        assert 'holds this run already' in said if not more else re.search(used, said)
     p.send_signal(signal.SIGTERM)
     said = p.communicate()[1]
     assert p.returncode == 143 and 'distill_nb: ended by SIGTERM; with --out ' in said.splitlines()[-1], said
@@ -630,8 +633,8 @@ def test_a_download_that_broke_off_is_taken_away_and_a_whole_one_is_not(there, w
     assert (tmp_path/'a').exists() == bool(left)
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
-                                 distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
+                                 distill_nb_predict, distill_nb_bench])
 def test_a_launcher_of_several_processes_is_refused(job, monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
@@ -653,9 +656,10 @@ def test_every_line_that_the_page_says_to_type_is_one_that_the_commands_take():
     text = '\n'.join(''.join(c['source']) for c in page if c['cell_type'] == 'markdown')
     lines = {line.strip('`') for line in re.findall(r'`distill_nb\w*(?: [^`\n]+)?`|^ *distill_nb.*$', text, re.M)}
     lines = {line for line in lines if '--help' not in line}
-    jobs = {f.__name__: f for f in (distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
-                                    distill_nb_bench)}
-    kinds = {'distill_nb': run.Options, 'distill_nb_data_free': run.FreeOptions, 'distill_nb_embed': EmbedOptions}
+    jobs = {f.__name__: f for f in (distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
+                                    distill_nb_predict, distill_nb_bench)}
+    kinds = {'distill_nb': run.Options, 'distill_nb_data_free': run.FreeOptions, 'distill_nb_embed': EmbedOptions,
+             'distill_nb_language': LanguageOptions}
     for line in lines:
         name, *argv = line.split()
         if name == 'distill_nb_predict' and not argv: continue  # its name in a sentence
@@ -666,15 +670,15 @@ def test_every_line_that_the_page_says_to_type_is_one_that_the_commands_take():
 
 
 def test_python_m_is_the_command():
-    p = subprocess.run([sys.executable, '-m', 'distill_nb', '--help'], capture_output=True, text=True)
+    p = subprocess.run([*python(), '-m', 'distill_nb', '--help'], capture_output=True, text=True)
     assert p.returncode == 0
     for option in ('data', 'teacher', 'student', 'teacher_weights', 'size', 'labels', 'temperature', 'alpha', 'epochs',
                    'seeds', 'out', 'resume', 'device', 'precision'):
         assert f'--{option}' in p.stdout
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
-                                 distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
+                                 distill_nb_predict, distill_nb_bench])
 def test_help_fits_a_page(job, monkeypatch, capsys):
     "Also where the terminal is wider: the page of the commands shows it."
     monkeypatch.setenv('COLUMNS', '200')
@@ -789,7 +793,7 @@ def test_images_are_one_or_several(capsys):
 
 
 @pytest.mark.parametrize('job', [distill_nb, distill_nb_predict, distill_nb_data_free, distill_nb_embed,
-                                 distill_nb_bench])
+                                 distill_nb_language, distill_nb_bench])
 def test_options_are_spelled_as_parameters_in_every_version_of_fastcore(job, monkeypatch):
     "fastcore 2 writes --teacher-epochs, and (float) behind it."
     make = cli.anno_parser
@@ -817,8 +821,8 @@ def test_the_command_runs_where_the_notebooks_run():
     assert p.returncode == 2 and p.stderr.startswith('distill_nb: teacher_epochs must be a number'), p.stderr
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
-                                 distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
+                                 distill_nb_predict, distill_nb_bench])
 @pytest.mark.parametrize('option', ['--pdb', '--xtra=1', '--devic=cpu'])
 def test_only_the_options_in_the_help_are_taken(job, option, capsys):
     with pytest.raises(SystemExit) as e: run_command(job, [*(['x'] if job is distill_nb_predict else []), option])

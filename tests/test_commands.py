@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_nb import bench, cli, embed_run, run
-from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_predict,
-                            run_command)
+from distill_nb import bench, cli, embed_run, language_run, run
+from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
+                            distill_nb_predict, run_command)
 from distill_nb.bench import distill_nb_bench
 from distill_nb.data import digits
 from distill_nb.files import save_weights
@@ -20,7 +20,7 @@ from distill_nb.zoo import build_model
 
 SECONDS = 60  # after which a line counts as endless
 COMMANDS = {f.__name__: f for f in (distill_nb, distill_nb_predict, distill_nb_data_free, distill_nb_embed,
-                                    distill_nb_bench)}
+                                    distill_nb_language, distill_nb_bench)}
 BASE = {
     'distill_nb': {'--epochs': '1', '--teacher_epochs': '1', '--seeds': '1', '--labels': '0', '--temperature': '4',
                    '--alpha': '0.5', '--out': 'run'},
@@ -30,6 +30,10 @@ BASE = {
         '--teacher_weights': 'teacher.safetensors', '--steps': '2', '--out': 'run'},
     'distill_nb_embed': {'--data': 'digits', '--teacher': 'teacher.safetensors', '--student': 'digit_student',
                          '--epochs': '1', '--seeds': '1', '--out': 'run'},
+    'distill_nb_language': {'--data': 'text:texts', '--student': 'gpt_micro', '--teacher': 'gpt_micro',
+                            '--length': '16', '--steps': '1', '--teacher_steps': '1', '--vocabulary': '257',
+                            '--seeds': '1', '--tries': '1',
+                            '--batch_size': '4', '--out': 'run'},
     'distill_nb_bench': {'--pair': 'digits', '--steps': '1', '--batch_size': '16'}}
 
 
@@ -61,11 +65,13 @@ WRONG = {int: [*NUMBERS, '1.5', '1e3'], float: [*NUMBERS, '-inf', '1e300', '1e-4
          str: ['', 'wörd \udcff\n\x1b', 'x' * 300, '/', 'empty', 'notes.txt', 'fifo']}
 # What is no mistake: a folder of downloads that is not used, a new or an empty place for the results, 0 written
 # otherwise, a patience that is never lost, and a rate that only a training can find too high.
-RUNS, ODD = ('distill_nb', 'distill_nb_data_free', 'distill_nb_embed'), 'wörd \udcff\n\x1b'
+RUNS, ODD = ('distill_nb', 'distill_nb_data_free', 'distill_nb_embed', 'distill_nb_language'), 'wörd \udcff\n\x1b'
 RIGHT = {(command, 'root', value) for command in (*RUNS, 'distill_nb_bench') for value in WRONG[str][1:]}
 RIGHT |= {(command, 'lr', value) for command in RUNS for value in ('1e300', '9' * 30)}
 RIGHT |= {(command, 'out', value) for command in RUNS for value in ('empty', ODD)}
 RIGHT |= {('distill_nb_predict', 'out', ODD), ('distill_nb', 'alpha', '1e-400'), ('distill_nb', 'patience', '9' * 30)}
+RIGHT |= {('distill_nb_language', name, '1e-400') for name in ('alpha', 'dropout')}
+RIGHT |= {('distill_nb_language', 'teacher_lr', value) for value in ('1e300', '9' * 30)}
 RIGHT -= {(command, 'root', 'x' * 300) for command in RUNS}
 
 
@@ -190,6 +196,7 @@ def weights():
         yield make, line('distill_nb_data_free', name, teacher_weights=name)
         yield make, line('distill_nb_embed', name, teacher=name)
         yield make, line('distill_nb_embed', name, student_weights=name)
+        yield make, line('distill_nb_language', name, teacher=name)
         yield make, line('distill_nb_bench', name, teacher_weights=name)
 
 
@@ -233,6 +240,12 @@ def other():
     yield None, line('distill_nb_embed', 'batch_size', batch_size='1000000000')
     yield None, line('distill_nb_embed', 'teacher_weights', teacher='digit_teacher')
     yield None, line('distill_nb_embed', '3 were found', data='folder:photos')
+    yield None, line('distill_nb_language', 'word', _='word')
+    for data in ('digits', 'text:', 'text:empty', 'text:photos', 'text:notes.txt', 'folder:texts', 'text:fifo'):
+        yield None, line('distill_nb_language', data=data)
+    yield None, line('distill_nb_language', 'batch_size', batch_size='1000000000')
+    yield None, line('distill_nb_language', 'length', length='100000')
+    yield None, line('distill_nb_language', 'top', top='257')
     yield None, line('distill_nb_data_free', 'classes', classes='2147483647')
     yield None, line('distill_nb_data_free', 'channels', channels='2147483647')
     yield None, line('distill_nb_data_free', 'batch_size', batch_size='2147483647')
@@ -302,6 +315,7 @@ def running():
     with pytest.MonkeyPatch.context() as m:
         for name in ('run_job', 'run_free'): m.setattr(cli, name, getattr(run, name))
         m.setattr(cli, 'run_embed', embed_run.run_embed)
+        m.setattr(cli, 'run_language', language_run.run_language)
         yield
 
 
@@ -327,7 +341,7 @@ def outcome(line):
 def only_checked():
     "The commands check what they are given, and train nothing."
     with pytest.MonkeyPatch.context() as m:
-        for name in ('run_job', 'run_free', 'run_embed'): m.setattr(cli, name, lambda *_: {})
+        for name in ('run_job', 'run_free', 'run_embed', 'run_language'): m.setattr(cli, name, lambda *_: {})
         for what in ('steps', 'methods'): m.setattr(bench, f'_measure_{what}', lambda *_: {})
         m.setattr(bench, 'bench_text', lambda _: '')
         m.setenv('DISTILL_NB_CACHE', str(Path('cache').resolve()))
@@ -345,6 +359,8 @@ def make_files():
     Path('photos').mkdir()
     for i in range(3): Image.fromarray(train.x[i, 0].numpy()).save(f'photos/{i}.png')
     Path('notes.txt').write_text('no weights, no image, no JSON')
+    Path('texts').mkdir()
+    for i in range(12): Path(f'texts/{i}.txt').write_text(f'{i} green bottles are hanging on the wall. ' * 20)
     Path('empty').mkdir()
     os.mkfifo('fifo')
 

@@ -1,5 +1,5 @@
 """Comparing: intervals, paired runs, contenders, choices, tables."""
-import copy, math, subprocess, sys, warnings, weakref
+import copy, math, subprocess, warnings, weakref
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from distill_nb.compare import (Comparison, Contender, agreement, choose, compar
 from distill_nb.logits import Distill
 from distill_nb.report import make_report, result_table, stored_result
 
+from processes import python
 from small import RECIPE, Texts, bigram, images, net, trained
 
 
@@ -452,7 +453,7 @@ def test_a_column_without_a_value_is_left_out():
 def test_a_table_needs_no_ipython():
     code = f"from distill_nb.compare import table; print(table({ROWS}, digits=2))"
     code = f"import sys; sys.modules['IPython'] = None; {code}"
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    p = subprocess.run([*python(), '-c', code], capture_output=True, text=True)
     assert p.stdout == TEXT + '\n', p.stderr
 
 

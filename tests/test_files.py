@@ -10,6 +10,7 @@ from distill_nb.files import (fingerprint, from_json, function_name, locked, pac
 from distill_nb.models import digit_student, resnet8
 from distill_nb.zoo import load_weights
 from networks import bits, same
+from processes import python
 from torch import nn
 
 
@@ -173,7 +174,7 @@ from distill_nb import files, models
 files.save_weights(models.digit_student(), sys.argv[1], run='first')
 os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
 files.save_weights(models.digit_student(), sys.argv[1], run='second')"""
-    assert subprocess.run([sys.executable, '-c', code, str(path)]).returncode == -signal.SIGKILL
+    assert subprocess.run([*python(), '-c', code, str(path)]).returncode == -signal.SIGKILL
     assert read_weights(path)[1]['run'] == 'first'
 
 
@@ -252,13 +253,13 @@ with locked(sys.argv[1], 'out'):
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended_however_it_ends(tmp_path):
-    first = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path/'a'/'run')], stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen([*python(), '-c', HOLD, str(tmp_path/'a'/'run')], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == 'held\n'
     said = f"^out must be a folder that no other process uses, but '{tmp_path/'a'/'run'}' is in use"
     for _ in range(2):
         with pytest.raises(ValueError, match=said), locked(tmp_path/'a'/'run', 'out'): pass
     first.kill()
-    first.wait()
+    first.communicate()
     with locked(tmp_path/'a'/'run', 'out'): (tmp_path/'a'/'run'/'mine').touch()
     assert os.listdir(tmp_path/'a'/'run') == ['mine']
 

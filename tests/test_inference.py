@@ -21,6 +21,8 @@ from distill_nb.zoo import build_model
 from distill_nb.inference import image_paths, open_student, predictions, write_predictions
 from distill_nb.cli import distill_nb, distill_nb_predict, run_command
 
+from processes import python
+
 CLASSES = ['cat, small', 'dög', 'o"wl']
 FACTS = dict(channels=3, side=16, size=16, mean=[0.4]*3, std=[0.2]*3)
 CODE = 'import sys; from distill_nb.cli import main_predict; main_predict()'
@@ -295,12 +297,12 @@ def test_a_killed_table_goes_on_to_the_same_bytes(tmp_path, trained):
     (tmp_path/'new').mkdir()
     for i in range(400): Image.fromarray(pixels(i, 16, 16)).save(tmp_path/'new'/f'{i}.png')
     argv = [tmp_path/'new', '--student', trained, '--batch_size', 2, '--device', 'cpu', '--out']
-    p = subprocess.Popen([sys.executable, '-c', CODE, *map(str, argv), 'killed.csv'], cwd=tmp_path,
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen([*python(), '-c', CODE, *map(str, argv), 'killed.csv'], cwd=tmp_path,
+                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     partial = tmp_path/'killed.csv.partial'
     while p.poll() is None and not partial.exists(): time.sleep(0.001)
     p.send_signal(signal.SIGKILL)
-    p.wait()
+    p.communicate()
     assert partial.exists() and not (tmp_path/'killed.csv').exists()
     assert command(*argv, tmp_path/'killed.csv', '--resume') == 0
     assert command(*argv, tmp_path/'once.csv') == 0
@@ -516,7 +518,7 @@ def test_a_bar_appears_after_a_second_and_only_then(odd, tmp_path, trained, monk
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path, trained):
     "As `distill_nb_predict ... | head -1`: no message, and the code of a closed pipe."
-    argv = [sys.executable, '-c', CODE, write(tmp_path/'photos'), '--student', trained, '--batch_size', '1']
+    argv = [*python(), '-c', CODE, write(tmp_path/'photos'), '--student', trained, '--batch_size', '1']
     p = subprocess.Popen([str(a) for a in argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert p.stdout.readline().startswith('path,')
     p.stdout.close()

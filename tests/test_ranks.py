@@ -1,11 +1,11 @@
 """What the ranks of a run say to each other: the same in all of them, and no rank waits for one that is gone."""
-import os, subprocess, sys, threading
+import os, subprocess, threading
 
 import pytest
 import torch
 
 from distill_nb.ranks import agreed, from_each, from_first, gathered, meet, same_tensors, watched, world
-from processes import ENV, alone_and_together, ended, machines
+from processes import ENV, alone_and_together, ended, machines, python
 
 
 def test_a_process_alone_has_nobody_to_ask():
@@ -167,7 +167,7 @@ fit(Dies(net()), images(), recipe, images(), folder={folder!r}, save_every=0, pr
                   '--mixed_precision', 'no', '--dynamo_backend', 'no'], marks=pytest.mark.slow)])
 def test_under_a_launcher_a_rank_that_dies_ends_the_training_of_the_others(tmp_path, launcher):
     (tmp_path/'two.py').write_text(LAUNCHED.format(tests=os.path.dirname(__file__), folder=str(tmp_path/'run')))
-    p = subprocess.run([sys.executable, '-m', *launcher, str(tmp_path/'two.py')], capture_output=True, text=True,
+    p = subprocess.run([*python(), '-m', *launcher, str(tmp_path/'two.py')], capture_output=True, text=True,
                        env=os.environ | ENV, timeout=100)
     again = f"with resume=True the run goes on from the checkpoint in '{tmp_path/'run'}'."
     said = 'distill_nb: rank 1 of 2 was lost at step 59 of 100000: its connection closed. Start all ranks again;'

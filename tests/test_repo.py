@@ -1,5 +1,5 @@
 """The house in order: package, README, outputs and links are what the notebooks and settings give."""
-import ast, email, json, re, shutil, subprocess, sys, zipfile
+import ast, email, json, os, re, shutil, signal, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -9,12 +9,13 @@ from tools.notebooks import (NBS, ROOT, bibliography, code_hash, form, head, ker
                              readme_is_new, references, runs, settings, stale)
 
 # Lowest first: a module imports only from those before it.
-MODULES = ['doors', 'pictures', 'files', 'ranks', 'weights', 'rows', 'losses', 'successors', 'theory',
-           'views', 'protocol', 'data', 'images', 'scans', 'folders', 'sets', 'models', 'vit', 'devices',
-           'contract', 'students', 'history', 'training', 'tracking', 'compare', 'exam', 'logits',
-           'answers', 'cache', 'distillation_token', 'taps', 'features', 'tokens', 'similarity',
-           'embeddings', 'embed', 'self_distillation', 'dino', 'inversion', 'exits', 'data_free', 'zoo',
-           'teachers', 'inference', 'methods', 'report', 'run', 'embed_run', 'bench', 'cli']
+MODULES = ['doors', 'pictures', 'files', 'ranks', 'weights', 'hub', 'rows', 'losses', 'successors', 'theory',
+           'views', 'protocol', 'data', 'images', 'scans', 'folders', 'sets', 'vocabulary', 'text', 'models',
+           'vit', 'gpt', 'devices', 'contract', 'students', 'history', 'training', 'tracking', 'compare', 'exam',
+           'logits', 'answers', 'cache', 'distillation_token', 'taps', 'features', 'tokens', 'similarity',
+           'embeddings', 'embed', 'chunks', 'causal', 'language', 'self_distillation', 'dino', 'inversion',
+           'exits', 'data_free', 'zoo', 'teachers', 'inference', 'methods', 'report', 'run', 'embed_run',
+           'language_run', 'bench', 'cli']
 S = settings()
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
 TRACKED = TRACKED or [str(p.relative_to(ROOT)) for p in ROOT.rglob('*') if p.is_file()]
@@ -149,14 +150,15 @@ def test_notebooks_begin_alike_and_hide_nothing(path):
 def test_every_module_imports_in_a_fresh_interpreter(loaded):
     "A fork of an interpreter that has loaded nothing of ours, once per module: the others need be loaded only once."
     code = f"""
-import importlib, os, {loaded}
+import importlib, os, warnings, {loaded}
+warnings.simplefilter('error', SyntaxWarning)
 for module in {MODULES}:
     if not os.fork():
         importlib.import_module('distill_nb.' + module)
         os._exit(0)
     if os.wait()[1]: raise SystemExit('distill_nb.' + module)"""
-    command = [sys.executable, '-W', 'error::SyntaxWarning', '-c', code]
-    p = subprocess.run(command, capture_output=True, text=True, cwd='/')
+    start = warm.command() if 'scipy' in loaded else [sys.executable]
+    p = subprocess.run([*start, '-c', code], capture_output=True, text=True, cwd='/')
     assert p.returncode == 0, p.stderr
 
 
@@ -409,6 +411,38 @@ print(sys.argv, os.getcwd(), os.environ['A'], 'HOME' in os.environ, sys.stdin.re
     assert p.stdout.readline() == 'begun\n'
     p.kill()
     assert p.communicate(timeout=20) == ('', None)  # which waits for all that hold the pipe
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='nothing is forked there')
+def test_what_is_forked_starts_and_ends_others_as_any_interpreter(tmp_path):
+    def run(code, *more, **how):
+        return subprocess.run([*warm.command(), *more, '-c', code], capture_output=True, text=True, cwd=tmp_path, **how)
+    loaded = "sys.modules.get('torch') is not None"
+    said = f"import sys; print(sys.argv, sys.path[0], __name__, __file__, {loaded}); sys.exit('no')"
+    (tmp_path/'a.py').write_text(said)
+    p = run("import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-u', 'a.py', 'x']).returncode)")
+    assert (p.stdout, p.stderr) == (f"['a.py', 'x'] {tmp_path} __main__ a.py True\n", 'no\n') and p.returncode == 1
+    # What it cannot do as Python does is left to Python.
+    for more in (dict(env=os.environ | {'PYTHONHASHSEED': '5'}), dict(pass_fds=[os.dup(1)])):
+        assert run(f"import sys; print({loaded}, sys.executable)", **more).stdout == f'False {sys.executable}\n'
+    assert run('import sys; print(sys.flags.optimize)', '-O').stdout == '1\n'
+    ends = """import atexit, os, signal, threading, time
+atexit.register(print, 'farewell')
+signal.signal(signal.SIGTERM, lambda *_: print('told'))
+threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()
+print('begun', flush=True)
+"""
+    def end(code, number=signal.SIGTERM):
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        p = subprocess.Popen([*warm.command(), '-c', ends + code], **pipes)
+        assert p.stdout.readline() == 'begun\n'
+        p.send_signal(number)
+        return *p.communicate(timeout=20), p.returncode
+    assert end('time.sleep(0.5)') == ('told\nthread\nfarewell\n', '', 0)
+    out, err, code = end('time.sleep(0.5)', signal.SIGINT)
+    assert out == 'thread\nfarewell\n' and err.endswith('KeyboardInterrupt\n') and code == -signal.SIGINT
+    out, err, code = end('time.sleep(0.5); 1 / 0')
+    assert out == 'told\nthread\nfarewell\n' and err.endswith('ZeroDivisionError: division by zero\n') and code == 1
 
 
 def test_a_bar_leaves_nothing_in_a_saved_notebook_and_a_value_stands_above_its_figure():
