@@ -99,8 +99,10 @@ def _precision(hidden):
     return torch.float32 if kind == 'cpu' and dtype.itemsize == 2 else dtype
 
 def _product(a, b):
-    "a @ b, in float32 at least."
-    return upcast(a @ b)
+    "a @ b, in float32 at least, and as exact as the device can."
+    if a.dtype.itemsize > 2 or not a.is_cuda: return upcast(a @ b)
+    try: return torch.mm(a, b, out_dtype=torch.float32)  # since torch 2.8
+    except (NotImplementedError, TypeError): return upcast(a @ b)
 
 def _linear_layer(hidden, weight, bias):
     z = _product(hidden, weight.T)
@@ -229,40 +231,48 @@ def _known(divergence):
     return _forward_kl if f is kd_loss else _reverse_kl if f is reverse_kl_loss else None
 
 # %% ../nbs/chunks.ipynb #ck000087
+def _logs(z, T): return z.log_softmax(-1) if T == 1 else log_soften(z, T)
+
+def _soft(loss, log_q, v, share):
+    "The soft part's sum, its gradient in the student's logits, and q; all (n, C) but the sum."
+    T = loss.temperature
+    log_p = _logs(v.to(log_q), T)
+    del v
+    p, d = log_p.exp(), log_p.sub_(log_q)
+    q, share = log_q.exp_(), loss.alpha * T * share
+    each, g = _known(loss.divergence)(p, q, d)
+    return T * (share * each.clamp_(min=0.)).sum(), g.mul_(share[:, None]), q
+
+# %% ../nbs/chunks.ipynb #ck00008a
 def _by_hand(loss, places, z, piece, slope):
     "As `_by_autograd`, for logits of all classes and a known divergence."
     T, w = loss.temperature, _labelled(loss, places, piece, z)
     hard = soft = z.new_zeros(())
     if w or T == 1: log_q = z.log_softmax(-1)
     if w: hard = -w.asked(log_q).sum()
-    if loss.alpha == 0: return torch.stack([hard, soft]), _own(w, log_q) if slope else None
-    cold = log_q if T == 1 else log_soften(z, T)
-    share, _, v = places.at(piece)
-    log_p = log_soften(v.to(z), T) if T != 1 else v.to(z).log_softmax(-1)
-    del v, z
-    p, d = log_p.exp(), log_p.sub_(cold)
-    q, share = cold.exp_(), loss.alpha * T * share
-    each, g = _known(loss.divergence)(p, q, d)
-    sums = torch.stack([hard, T * (share * each.clamp_(min=0.)).sum()])
-    if not slope: return sums, None
-    g.mul_(share[:, None])
-    return sums, w.taken(g.addcmul_(q if T == 1 else log_q.exp_(), w.all)) if w else g
-
-def _own(w, log_q): return w.taken(log_q.exp_().mul_(w.all))
+    if loss.alpha > 0:
+        cold = log_q if T == 1 else log_soften(z, T)
+        del z
+        soft, g, q = _soft(loss, cold, _answers(places.teacher, piece), places.share[piece])
+    sums = torch.stack([hard, soft])
+    if not w or not slope: return sums, g if slope else None
+    own = (q if loss.alpha > 0 and T == 1 else log_q.exp_()).mul_(w.all)
+    return sums, w.taken(own.add_(g) if loss.alpha > 0 else own)
 
 # %% ../nbs/chunks.ipynb #ck000094
 def _bucket(z, T):
-    "exp((z - max) / T), their sums and T·logsumexp(z / T): (n, V), (n, 1), (n, 1)"
+    "exp((z - max) / T), at T = 1 in place of z, their sums and T·logsumexp(z / T)."
     top = z.amax(-1, keepdim=True)
-    e = (z - top).div_(T).exp_()
+    e = (z.sub_(top) if T == 1 else (z - top).div_(T)).exp_()
     total = e.sum(-1, keepdim=True)
     return e, total, top + T * total.log()
 
 def _few(loss, few, v, share):
     "The soft part over k + 1 classes, and its gradient there."
-    few, v = few.requires_grad_(), torch.cat([v.values, v.tail], -1)
+    v = torch.cat([v.values, v.tail], -1)
+    if _known(loss.divergence): return _soft(loss, _logs(few, loss.temperature), v, share)[:2]
     with torch.enable_grad():
-        each = loss.divergence(few, v, temperature=loss.temperature, reduction='none')
+        each = _each(loss, few.requires_grad_(), v, None)
         soft = loss.alpha * (share * each).sum()
         return soft.detach(), *torch.autograd.grad(soft, few)
 
@@ -272,7 +282,7 @@ def _by_top(loss, places, z, piece, slope):
     T, w, (share, _, v) = loss.temperature, _labelled(loss, places, piece, z), places.at(piece)
     hard = -w.asked(z).sum() if w else z.new_zeros(())
     named = z.gather(1, v.places)
-    e, total, tail = _bucket(z.scatter_(1, v.places, -torch.inf), T)  # z is ours to overwrite
+    e, total, tail = _bucket(z.scatter_(1, v.places, -torch.inf), T)  # z is ours
     soft, g = _few(loss, torch.cat([named, tail], 1), v, share)
     g, inside = g[:, :-1], g[:, -1:] / total
     if w:
@@ -294,7 +304,7 @@ def chunked_loss(
     teacher:Tensor|TopK|HiddenLogits|None, # Gets no gradient; may be None if alpha = 0
     labels:Tensor|None=None, # Class numbers or UNLABELLED, (B, ...); may be None if alpha = 1
     weight:Tensor|None=None, # Of the places, shape (B, ...); 0: not there
-    chunk:int|None=None, # Places at a time; None: 8 MB of logits on the CPU, else 128 MB
+    chunk:int|None=None, # Places at a time; None: 4 MB of logits on a CPU, else 128 MB, or 48
 )->dict: # {'hard': scalar, 'soft': scalar}, of which the sum can be differentiated
     "`loss.parts` for logits that never exist all at once."
     compiles = 'torch._dynamo' in sys.modules
@@ -310,8 +320,8 @@ def _chunked(loss, student, teacher, labels, weight, chunk):
         labels = _ready_labels(labels, like, weight).flatten()[keep]
     teacher = None if loss.alpha == 0 else _flat(teacher, keep)
     part = partial(_way(loss, student, teacher), loss, _Places(share[keep], labels, teacher))
-    size = 2**23 if like.device.type == 'cpu' else 2**27
-    chunk = chunk or max(1, size // (4 * like.shape[-1]))
+    some = 2**20 if like.device.type == 'cpu' else 2**25
+    chunk = chunk or max(48, some // like.shape[-1])
     given = student.hidden.flatten(0, -2)[keep], student.weight, student.bias
     on = torch.is_grad_enabled()
     wanted = [on and t is not None and t.requires_grad for t in given]

@@ -109,6 +109,7 @@ def asked(seed=0, shape=(B, L), V=V):
 def doubled(given): return [t.detach().double().requires_grad_() for t in given]
 
 def close(found, expected, given, doubles, value, slope):
+    "Values and gradients, of `found` by `given`, of `expected` by `doubles`."
     for name in ('hard', 'soft'):
         assert abs(found[name].item() - expected[name].item()) <= value * (1 + abs(expected[name].item())), name
     for a, b in zip(slopes(found, given), slopes(expected, doubles)):
@@ -265,6 +266,18 @@ def test_small_divergences_are_honest(divergence, dtype, value):
         assert 0 <= found and abs(found - expected) <= value
 
 
+@pytest.mark.parametrize('divergence', [kd_loss, reverse_kl_loss], ids=['kd', 'reverse'])
+def test_a_large_vocabulary_does_not_blur_small_divergences(divergence):
+    "The errors of a place's two normalisations do not add to its loss."
+    g = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        z = torch.randn(50_000, 1, generator=g) + 20
+        v = z + torch.randn(z.shape, generator=g) / 1000
+        expected = EQUATIONS[divergence](softmax(v[:, 0].double()), softmax(z[:, 0].double()), None).item()
+        found = chunked_loss(DistillationLoss(1., 1., divergence), HiddenLogits(torch.ones(1, 1), z), v.T)
+        assert abs(found['soft'].item() - expected) <= 6e-7
+
+
 @pytest.mark.parametrize('T', [0.05, 1., 20.])
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('divergence', [kd_loss, reverse_kl_loss, jsd_loss], ids=['kd', 'reverse', 'jsd'])
@@ -314,8 +327,8 @@ def test_sixteen_bits_cost_no_more_than_their_own_rounding(divergence, kind):
     y, weight = asked(V=3000)
     for seed, dtype in product(range(2), (torch.bfloat16, torch.float16)):
         student, hidden = drawn(dtype, seed, V=3000, D=32)
-        near = HiddenLogits(student.hidden.detach() + hidden.hidden[..., 2:] / 20, student.weight.detach(),
-                            student.bias.detach())
+        h, *head = (t.detach() for t in student)
+        near = HiddenLogits(h + hidden.hidden[..., 2:] / 20, *head)
         teacher, v, places = teacher_of(kind, near, 1.)
         if kind == 'hidden': v = F.linear(*(t.double() for t in near))
         loss, doubles = DistillationLoss(1., 1., divergence), doubled(student)
@@ -333,9 +346,8 @@ def test_sixteen_bits_cost_no_more_than_their_own_rounding(divergence, kind):
 
 @pytest.mark.parametrize('dtype, tol', [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_factors_of_16_bits_as_on_a_gpu(dtype, tol, monkeypatch):
-    """A probability over thousands of tokens is 0 in float16, and the factor of a GradScaler comes only
-    afterwards. Here
-    it is all there is: without labels, from a teacher that is unsure of everything."""
+    """A probability over thousands of tokens is 0 in float16, and the factor of a GradScaler comes only afterwards.
+    Here it is all there is: without labels, from a teacher that is unsure of everything."""
     monkeypatch.setattr(chunks, '_precision', lambda hidden: dtype)
     N, V, D = 2048, 600, 8
     g = torch.Generator().manual_seed(0)
@@ -349,6 +361,32 @@ def test_factors_of_16_bits_as_on_a_gpu(dtype, tol, monkeypatch):
         found = chunked_loss(loss, HiddenLogits(*given), v)
         ours = torch.autograd.grad(scale * sum(found.values()), given)
         for a, b in zip(ours, slopes(expected, doubles)): assert (a.double()/scale - b).norm() < tol * b.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('kind', KINDS)
+def test_on_a_gpu_products_of_16_bits_have_32(kind, dtype):
+    student, hidden = drawn(dtype, V=3000, D=32)
+    h, *head = (t.detach() for t in student)
+    near = HiddenLogits(h + hidden.hidden[..., 2:] / 20, *head)
+    teacher, v, places = teacher_of(kind, near, 1.)
+    if kind == 'hidden': v = F.linear(*(t.double() for t in near))
+    loss, doubles = DistillationLoss(1., 1.), doubled(student)
+    def there(x): return x.cuda() if isinstance(x, torch.Tensor) else type(x)(*(t.cuda() for t in x))
+    own = HiddenLogits(*(t.detach().cuda().requires_grad_() for t in student))
+    found = chunked_loss(loss, own, there(teacher), chunk=4)
+    expected = reference(loss, doubles, v, None, None, places)
+    assert abs(found['soft'].item() - expected['soft'].item()) < 1e-6
+    for a, b in zip(slopes(found, own), slopes(expected, doubles)):
+        assert (a.cpu().double() - b).norm() < 4e-3 * b.norm()
+
+
+def test_a_product_that_the_device_does_not_have_is_made_another_way():
+    class Pretended(torch.Tensor):
+        is_cuda = True
+    a = torch.randn(3, 4).half()
+    assert chunks._product(a.as_subclass(Pretended), a.T).dtype == torch.float32
 
 
 @pytest.mark.parametrize('kind', ['hidden', 'tensor'])
@@ -390,8 +428,8 @@ def test_all_classes_but_one_and_a_bucket_are_all_classes():
     for T, alpha, divergence in product((1., 2.), (0.5, 1.), (kd_loss, reverse_kl_loss, jsd_loss)):
         loss = DistillationLoss(T, alpha, divergence)
         full = chunked_loss(loss, student, hidden, y, weight)
-        few = chunked_loss(loss, student, top_k(hidden.logits(), V - 1, T), y, weight)
-        close(few, full, student, student, 1e-12, 1e-12)
+        kept = chunked_loss(loss, student, top_k(hidden.logits(), V - 1, T), y, weight)
+        close(kept, full, student, student, 1e-12, 1e-12)
 
 
 def test_a_bucket_never_adds_to_the_divergence():
@@ -400,8 +438,8 @@ def test_a_bucket_never_adds_to_the_divergence():
         for T, divergence in ((1., kd_loss), (2., kd_loss), (1., reverse_kl_loss), (2., jsd_loss)):
             loss = DistillationLoss(T, 1., divergence)
             kept = [chunked_loss(loss, student, top_k(hidden.logits(), k, T))['soft'].item() for k in range(1, V)]
-            whole = chunked_loss(loss, student, hidden)['soft'].item()
-            assert kept == sorted(kept) and kept[-1] == pytest.approx(whole)
+            full = chunked_loss(loss, student, hidden)['soft'].item()
+            assert kept == sorted(kept) and kept[-1] == pytest.approx(full)
 
 
 # ---- memory ----
@@ -645,7 +683,7 @@ def test_beside_the_losses_of_trl():
     They agree, values and gradients, where all places count alike and T = 1. They differ in three things.
 
     - TRL's 'batchmean' divides by the tokens that have a label, over the whole batch; ours takes the mean of each row
-      first. The paper writes the mean over a sequence's tokens (eq. 2) and then the expectation over sequences: ours.
+      first. The paper writes the mean over a sequence's tokens and then the expectation over sequences: ours.
     - At a temperature the paper defines no factor (it uses T = 1 in training), so TRL's loss is 1/T² of ours, whose T²
       is that of Hinton et al. 2015, section 2; gradients shrink with it.
     - beta = 0 and 1 are the two KL divergences in TRL, although JSD_β of eq. 1 is 0 there; they are the limits of
