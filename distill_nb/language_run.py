@@ -353,6 +353,18 @@ def _teach(job):
     _examine(job.teacher.to(device), valid, _MORE if job.trained else more)
     return seconds, evaluate(job.teacher, valid)[job.measure.name]
 
+# %% ../nbs/language_run.ipynb #lr000132
+def _say_taught(job, reached, say):
+    "Say what the teacher reached, and how it answers each distilled student."
+    say(f'teacher: {_brief(reached, job.measure)} on the validation split')
+    train = next(iter(job.parts.values()))
+    for arm in job.options.arms():
+        teacher, how = job.answering(arm, train), 'the teacher is asked about every window'
+        if teacher is not job.teacher:
+            how = (f"{arm.top or 'all'} of the teacher's answers at each token are kept in "
+                   f"{job.setup.inside('answers').folder}, {human(teacher.nbytes)}B")
+        say(f'{arm.name}: {how}')
+
 # %% ../nbs/language_run.ipynb #lr000042
 class _Judged:
     "The test split, on which a model is also asked to write."
@@ -578,7 +590,7 @@ def run_language(
     say(f'{about_data(job.options.data, job.data)}, on {job.setup.device}, into {job.folder}')
     with closing(job.setup.log):
         seconds, reached = _teach(job)
-        say(f'teacher: {_brief(reached, job.measure)} on the validation split')
+        _say_taught(job, reached, say)
         for setting in job.parts:
             found[setting] = run_part(job, setting)
             _say_found(setting, found[setting], job.measure, say)

@@ -10,6 +10,7 @@ import hashlib, json, re
 from collections import Counter, defaultdict
 from functools import cached_property
 from heapq import heapify, heappop, heappush
+from itertools import repeat
 from zlib import crc32
 
 import numpy as np
@@ -85,11 +86,10 @@ def _pairs_in(words):
 
 def _merged(word, pair, new):
     "A word in which a pair of neighbours has become one token."
-    out, i = [], 0
-    while i < len(word):
-        found = tuple(word[i:i + 2]) == pair
-        out.append(new if found else word[i])
-        i += 2 if found else 1
+    (a, b), out = pair, []
+    for token in word:
+        if token == b and out and out[-1] == a: out[-1] = new
+        else: out.append(token)
     return out
 
 # %% ../nbs/vocabulary.ipynb #vo000014
@@ -136,23 +136,24 @@ class BPETokenizer(Tokenizer):
             good = pieces[-1] not in seen and len(pieces[-1]) <= _LONGEST
             must(good, f'merge {i} of merges', pair, f'a new piece of at most {_LONGEST} bytes')
             seen.add(pieces[-1])
-        self.pieces, self._known = tuple(pieces), {}
-        self.ranks = {tuple(pair): 257 + i for i, pair in enumerate(merges)}
+        self.pieces, self.pairs, self._known = tuple(pieces), [*map(tuple, merges)], {}
+        self.numbers = {pair: 257 + i for i, pair in enumerate(self.pairs)}
 
 # %% ../nbs/vocabulary.ipynb #vo00001a
 @patch
 def state(self:BPETokenizer)->dict:
     "What makes it what it is."
-    return {'kind': 'bpe', 'words': _WORDS.pattern, 'merges': [list(pair) for pair in self.ranks]}
+    return {'kind': 'bpe', 'words': _WORDS.pattern, 'merges': [list(p) for p in self.pairs]}
 
 @patch
 def _encode_word(self:BPETokenizer, word):
     "The tokens of one word: the earliest merge first, until none is left."
     ids = [*_as_bytes(word)]
+    none = len(self)
     while len(ids) > 1:
-        pair = min(zip(ids, ids[1:]), key=lambda p: self.ranks.get(p, len(self)))
-        if pair not in self.ranks: break
-        ids = _merged(ids, pair, self.ranks[pair])
+        new = min(map(self.numbers.get, zip(ids, ids[1:]), repeat(none)))
+        if new == none: break
+        ids = _merged(ids, self.pairs[new - 257], new)
     return ids
 
 # %% ../nbs/vocabulary.ipynb #pg00001a
@@ -171,7 +172,7 @@ def encode(self:BPETokenizer,
     return np.array(out, np.int32)
 
 # %% ../nbs/vocabulary.ipynb #vo00001c
-_LETTERS = 2**20  # of different words that count; where there are more, the rarest are left out
+_LETTERS = 2**19  # of different words that count; of more, the rarest do not
 
 def _counted(texts):
     "Different words as lists of bytes, and how often each occurs."

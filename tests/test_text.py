@@ -348,7 +348,8 @@ def test_fingerprints_differ_by_all_that_decides_a_batch():
     changed[3] += 1
     made += [TextData(row._replace(tokens=changed), WORDS, 4), TextData(row, WORDS, 5), TextData(row, WORDS, 4, 2),
              TextData(row, WORDS, 4, 3),
-             base.part(0.5), base.subset([1, 0]), base.subset([0]), TextData(row_of(TALES[::-1], WORDS), WORDS, 4),
+             base.part(0.5), base.subset([1, 0]), base.subset([0, 1]),
+             base.subset([0]), TextData(row_of(TALES[::-1], WORDS), WORDS, 4),
              TextData(row, BPETokenizer([*WORDS.state()['merges'], [97, 97]]), 4)]
     for labels in (True, False):
         prints = [d.fingerprint(labels) for d in (base, *made)]
@@ -501,7 +502,9 @@ def test_a_vocabulary_is_one_or_a_size(tokenizer):
 
 
 def test_a_vocabulary_that_is_given_is_taken():
-    splits = text_splits([Document(f'{i}', f'text {i} ' * 20) for i in range(12)], BYTES, length=8)
+    documents = [Document(f'{i}', f'text {i} ' * 20) for i in range(12)]
+    splits = text_splits(documents, BYTES, length=8)
+    assert [list(d.row.names) for d in splits] == [[d.name for d in part] for part in deal(documents)]
     assert splits.train.tokenizer is BYTES and len(splits.valid.classes) == 257
     assert repr(splits.valid).startswith("TextData('text, valid', ")
 
