@@ -1,10 +1,10 @@
 """Every `##` section of every notebook is a test: `nbs/01_losses.ipynb::cpu::Temperature`.
 
-Each notebook is run twice, alone in an empty folder: as it is, and on a pretended GPU, which finds what was left on the
-wrong device. `NOTEBOOK_PYTHON` names the interpreter of another environment to run them in, such as one that holds the
-wheel alone. All kernels are forked from an interpreter that holds the libraries of others (`tools/warm.py`), which take
-longer to load than most notebooks to run; `tools.notebooks run`, of which all outputs come, starts each from nothing.
-What is slow, cell or test, is left out unless `--flags slow` asks for it."""
+Each notebook is run alone in an empty folder: as it is, and most also on a pretended GPU, which finds what was left on
+the wrong device. `NOTEBOOK_PYTHON` names the interpreter of another environment to run them in, such as one that holds
+the wheel alone. All kernels are forked from an interpreter that holds the libraries of others (`tools/warm.py`), which
+take longer to load than most notebooks to run; `tools.notebooks run`, of which all outputs come, starts each from
+nothing. What is slow, cell or test, is left out unless `--flags slow` asks for it."""
 import os, sys
 from collections import Counter
 from contextlib import ExitStack
@@ -26,6 +26,9 @@ import pretended_gpu
 pretended_gpu.begin()
 assert torch.zeros(1, device='cuda').is_cuda'''
 DEVICES = {'cpu': '', 'gpu': CARD}
+# Pages of which the pretended GPU tells nothing new: their subject is a file or a clock on the processor, or
+# tests/test_devices.py tries the same there.
+ON_THE_PROCESSOR = {'clock', 'quantize', 'export_run', 'plan_run', '03_models', 'methods', 'dino', 'your_own'}
 
 
 def pytest_addoption(parser):
@@ -71,7 +74,9 @@ def pytest_collect_file(file_path, parent):
 class NotebookFile(pytest.File):
     "A notebook, once for each device."
     def collect(self):
-        for name, first in DEVICES.items(): yield Notebook.from_parent(self, name=name, first=first)
+        for name, first in DEVICES.items():
+            if name == 'gpu' and self.path.stem in ON_THE_PROCESSOR: continue
+            yield Notebook.from_parent(self, name=name, first=first)
 
 
 class Notebook(pytest.Collector):

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .doors import different_names, guard, must, number, plain, reason, whole
-from .files import fingerprint, function_name
+from .files import fingerprint, from_json, function_name
 from .ranks import gathered, world
 from .rows import UNLABELLED, upcast
 from .protocol import Batch, Data, check_data
@@ -44,7 +44,18 @@ class Teacher(nn.Module):
         self.classes, self.mean, self.std, self.size = classes, mean, std, size
         self.outputs, self.read, self.reached = outputs, read, reached
         self._data = self._own = self._order = None  # the data of a run, once they are shown
-        self._check_clauses()
+        self._take_over(getattr(model, 'own_contract', {}))  # of an exported file
+
+# %% ../nbs/contract.ipynb #ct240002
+@patch
+def _take_over(self:Teacher, own):
+    "What the network says of itself, for the clauses that were left out."
+    for clause, value in own.items():
+        given = getattr(self, clause)
+        if given is None or (clause, given) == ('outputs', 'logits'): setattr(self, clause, value)
+        elif clause in ('mean', 'std'):  # the file normalises by itself
+            must(_numbers(clause, given) == value, clause, given, f'left out, or {value}')
+    self._check_clauses()
 
 # %% ../nbs/contract.ipynb #a6de0b26
 @patch
@@ -324,6 +335,7 @@ def check_outputs(self:Teacher,
 def _asking(model, data):
     "The data as `model` sees them, and what maps their inputs to logits of the data's classes."
     _no_objective(model)
+    if hasattr(model, 'own_contract'): model = teacher_of(model)
     if not isinstance(model, Teacher):
         def ask(x): return _tried(model, x.to(device_of(model, x.device)), 'the model')
         return data, lambda x: logits_in(ask(x))
@@ -440,6 +452,39 @@ def _state_name(model):
         tensors |= {f'{place} attribute {k}': v for k, v in plain.items()}
     code = {'code': model.code} if isinstance(model, torch.jit.ScriptModule) else None
     return fingerprint(tensors, code)
+
+# %% ../nbs/contract.ipynb #c4792502
+def _fact(facts, key, source, least=1, most=math.inf, read=int):
+    "A number among the facts of a file; None where it says nothing"
+    if key not in facts: return None
+    try: value = read(facts[key])
+    except ValueError: value = math.nan
+    ok = least <= value <= most and value != math.inf
+    allowed = f'of at least {least}' if most == math.inf else f'from {least} to {most:,}'
+    must(ok, f"the {key} that '{source}' names", facts[key], f'a number {allowed}')
+    return value
+
+# %% ../nbs/contract.ipynb #8a0c492d
+def _normalisation(facts, channels, source):
+    "Mean and std among the facts of a file, or two times None"
+    if 'mean' not in facts or 'std' not in facts: return None, None
+    try: mean, std = (from_json(facts[k], source) for k in ('mean', 'std'))
+    except ValueError: mean, std = [], []
+    fits = isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) > 0
+    fits = fits and all(abs(number(v)) < 1e6 for v in mean + std) and min(std) > 0
+    if not fits or channels not in (None, len(mean)):
+        raise ValueError(f"'{source}' names a normalisation that is not one for "
+                         f"{channels or 'any'} channels: mean {facts['mean']:.100}, "
+                         f"std {facts['std']:.100}.")
+    return mean, std
+
+# %% ../nbs/contract.ipynb #5fcf32ee
+def _reached(facts, source):
+    "What a network reached on the validation split of its run, by the name of the measure"
+    items = _fact(facts, 'valid_items', source)
+    named = [k for k in facts if k.startswith('valid_') and k != 'valid_items']
+    found = {k.removeprefix('valid_'): _fact(facts, k, source, 0, read=float) for k in named}
+    return found | ({'items': items} if items else {}) if found else None
 
 # %% ../nbs/contract.ipynb #c81915de
 def _parts(model):

@@ -149,6 +149,8 @@ def _refuse(function, args, kwargs, name, kind, value):
     raise ValueError(_sentence(name, kind, value)) from cause
 
 # %% ../nbs/doors.ipynb #d0000027
+def _of_compiler(value): return type(value).__module__.startswith('torch._dynamo.')
+
 def _door(function):
     "The same function behind a check of its arguments."
     kinds = {p.name: _Kind(p) for p in inspect.signature(function).parameters.values()}
@@ -158,7 +160,7 @@ def _door(function):
         if torch.compiler.is_compiling(): return function(*args, **kwargs)
         for name, value in chain(zip(kinds, args), kwargs.items()):
             if name not in kinds or type(value) in known[name]: continue
-            if not (kind := kinds[name]).fits(value):
+            if not (kind := kinds[name]).fits(value) and not _of_compiler(value):
                 _refuse(function, args, kwargs, name, kind, value)
         return function(*args, **kwargs)
     function.__door__, defaults = door, function.__defaults__

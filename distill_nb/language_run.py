@@ -152,6 +152,8 @@ def check(self:LanguageOptions):
     kind, _, place = self.data.partition(':')
     must(self.data == 'english' or kind == 'text' and place, 'data', self.data,
          'english, or text:PATH with a folder of texts')
+    for name in ('teacher', 'student'):
+        must(getattr(self, name) != '', name, '', 'the name of a model, or left out')
     for name, least, most in (('seeds', 1, 10_000), ('length', 2, 2**20), ('views', 1, 2**20)):
         whole(name, getattr(self, name), least, most)
     if self.vocabulary is not None: whole('vocabulary', self.vocabulary, 257, 2**16)

@@ -45,35 +45,45 @@ def conv_bn_relu(
     _check_counts(n_in=n_in, n_out=n_out, stride=stride)
     return nn.Sequential(_conv(n_in, n_out, stride=stride), nn.BatchNorm2d(n_out), nn.ReLU())
 
+# %% ../nbs/03_models.ipynb #9a000002
+def _scaled(width, *channels):
+    "Numbers of channels times a factor, at least one each"
+    must(0 < number(width) <= 100, 'width', width, 'a number greater than 0, at most 100')
+    return [max(1, round(width * n)) for n in channels]
+
 # %% ../nbs/03_models.ipynb #aa9cb32b
 def digit_student(
     classes:int=10, # Outputs of the head
     channels:int=1, # Channels of an image
+    width:float=1., # Factor on the channels of the layers
 ) -> nn.Module:
     "Two convolutions and a linear head: the student for 8x8 and 28x28 digits"
     _check_counts(classes=classes, channels=channels)
+    a, b = _scaled(width, 4, 8)
     return nn.Sequential(OrderedDict(
-        layer1=conv_bn_relu(channels, 4),  # (B, channels, H, W) -> (B, 4, H, W)
-        layer2=conv_bn_relu(4, 8),         # -> (B, 8, H, W)
-        pool=nn.AdaptiveMaxPool2d(2),      # -> (B, 8, 2, 2)
-        flatten=nn.Flatten(),              # -> (B, 32)
-        fc=nn.Linear(8 * 2 * 2, classes))) # -> (B, classes)
+        layer1=conv_bn_relu(channels, a),  # (B, channels, H, W) -> (B, a, H, W)
+        layer2=conv_bn_relu(a, b),         # -> (B, b, H, W)
+        pool=nn.AdaptiveMaxPool2d(2),      # -> (B, b, 2, 2)
+        flatten=nn.Flatten(),              # -> (B, 4b)
+        fc=nn.Linear(b * 2 * 2, classes))) # -> (B, classes)
 
 # %% ../nbs/03_models.ipynb #b50a4b84
 def digit_teacher(
     classes:int=10, # Outputs of the head
     channels:int=1, # Channels of an image
+    width:float=1., # Factor on the channels of the layers
 ) -> nn.Module:
     "Four convolutions, height and width halved twice: the teacher for 8x8 and 28x28 digits"
     _check_counts(classes=classes, channels=channels)
+    a, b, c = _scaled(width, 32, 64, 128)
     return nn.Sequential(OrderedDict(
-        layer1=conv_bn_relu(channels, 32),       # (B, channels, H, W) -> (B, 32, H, W)
-        layer2=conv_bn_relu(32, 64, stride=2),   # -> (B, 64, H/2, W/2)
-        layer3=conv_bn_relu(64, 128, stride=2),  # -> (B, 128, H/4, W/4)
-        layer4=conv_bn_relu(128, 128),           # -> (B, 128, H/4, W/4)
-        avgpool=nn.AdaptiveAvgPool2d(1),         # -> (B, 128, 1, 1)
-        flatten=nn.Flatten(),                    # -> (B, 128)
-        fc=nn.Linear(128, classes)))             # -> (B, classes)
+        layer1=conv_bn_relu(channels, a),     # (B, channels, H, W) -> (B, a, H, W)
+        layer2=conv_bn_relu(a, b, stride=2),  # -> (B, b, H/2, W/2)
+        layer3=conv_bn_relu(b, c, stride=2),  # -> (B, c, H/4, W/4)
+        layer4=conv_bn_relu(c, c),            # -> (B, c, H/4, W/4)
+        avgpool=nn.AdaptiveAvgPool2d(1),      # -> (B, c, 1, 1)
+        flatten=nn.Flatten(),                 # -> (B, c)
+        fc=nn.Linear(c, classes)))            # -> (B, classes)
 
 # %% ../nbs/03_models.ipynb #66f3154b
 class BasicBlock(nn.Module):
@@ -125,11 +135,13 @@ class CifarResNet(_StagedNet):
         classes:int=10,                # Outputs of the head
         channels:int=3,                # Channels of an image
         widths:tuple=(16, 16, 32, 64), # Channels of the stem and the three stages
+        width:float=1.,                # Factor on all of widths
     ):
         good = 8 <= number(depth) <= 1202 and depth % 6 == 2
         must(good, 'depth', depth, '6n + 2 (8, 14, 20, 26, ..., 1202)')
         must(len(widths) == 4, 'widths', widths, 'four numbers: of the stem and of three stages')
         for w in widths: _check_counts(widths=w)
+        widths = _scaled(width, *widths)
         super().__init__(BasicBlock, (depth - 2) // 6, widths, classes, channels)
         self.bn1 = nn.BatchNorm2d(widths[0])
 

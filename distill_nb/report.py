@@ -149,7 +149,7 @@ def result_columns(
         'parameters': lambda r: f"{r['parameters']:,}",
         'MACs': lambda r: f"{r['macs']:,}",
         'size': lambda r: _size(r['bytes']),
-        'latency ms': lambda r: f"{r['latency_ms']:.2f}",
+        'latency ms': lambda r: f"{r['latency_ms']:.{4 if 'threads' in r else 2}f}",
         f'{name}{unit} [95 %]': lambda r: _with_ends(r[measure.name], r['ci95'], measure),
         **_plain(measure),
         f"{'gain' if measure.higher else 'difference'} [95 %]": lambda r: _gain(r, measure),

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'Preset', 'preset', 'Place', 'Options', 'Watch', 'free_fol
            'prepare_free', 'run_free']
 
 # %% ../nbs/run.ipynb #910ec344
-import inspect, math, os, shlex, shutil, time
+import inspect, math, os, shlex, shutil, tempfile, time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -30,6 +30,8 @@ from .models import human, profile_model
 from .vit import ViT
 from .devices import fit_device
 from .contract import Teacher, placed
+from .deploy import OnnxModel, export_onnx, file_cost
+from .clock import measure
 from .students import logits_of
 from .training import PRECISIONS, Recipe, Setup, Supervised, evaluate, fit, predict
 from .tracking import tracker
@@ -41,6 +43,7 @@ from .data_free import DATA_FREE, WAYS, Pictures, distill_without_data
 from .zoo import brings_weights, build_model, load_weights, opened
 from .teachers import make_teacher
 from .methods import METHODS, Task, choose_setting, contender, rehearse
+from .export_run import kinds_of, paths_for, write_files
 from .report import (Result, about_data, as_json, as_png, draw_comparison, draw_curves,
                                draw_images, draw_learning, free_text, head_of, make_report,
                                result_table, show_setting, verdicts)
@@ -134,6 +137,7 @@ class Options(_Learning):
     duplicates: str = 'refuse' # What becomes of images that occur in two splits of a folder
     skip_damaged: bool = False # Leave out the images of a folder that can't be read?
     seeds: int = 5 # Seeds that each student is trained with
+    export: str = None # Files to make of the best student: onnx, or onnx,int8
 
     @property
     def methods(self):
@@ -144,7 +148,7 @@ class Options(_Learning):
 _TYPES = {str: (str, 'text'), int: (int, 'a whole number'), float: ((int, float), 'a number'),
           bool: (bool, 'True or False'), tuple: (tuple, 'text, or several')}
 _NUMBERS = 'mean', 'std', 'parts', 'top'
-_LISTS = 'method', 'cache', 'divergence', *_NUMBERS  # written with commas
+_LISTS = 'method', 'cache', 'export', 'divergence', *_NUMBERS  # written with commas
 
 def _in_form(name, value, kind):
     "The value of an option in the one form that it is kept in."
@@ -236,6 +240,7 @@ def check(self:Options):
     try: Recipe(**self._teacher_epochs())
     except ValueError as e: raise ValueError(f'teacher_{e}') from None
     self._check_methods()
+    if self.export is not None: kinds_of(self.export)
 
 # %% ../nbs/run.ipynb #d19a0004
 @patch
@@ -552,12 +557,20 @@ def _examine(teacher, valid, more):
     try: check_teacher(teacher, valid)
     except ValueError as e: raise ValueError(f'{e} {more}') from e
 
+# %% ../nbs/run.ipynb #xp240025
+def _rehearse_export(student, train):
+    "Export a student with random weights, so that what cannot be exported is refused now."
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(student, Path(folder)/'student.onnx', train)
+
 # %% ../nbs/run.ipynb #5b039052
 def _student(o, p, train):
     "A function that makes a new student; it is tried once."
     name = p.student if o.student is None else o.student
     make = partial(build_model, name, len(train.classes), train.channels, train.size)
-    _check_token(o, name, make())
+    made = make()
+    _check_token(o, name, made)
+    if o.export: _rehearse_export(made, train)
     return make
 
 def _check_token(o, name, made):
@@ -748,7 +761,8 @@ def _ends(value, data, measure):
 
 def _cost(model, data):
     "What a model costs for one item."
-    return profile_model(model, data.get([0]).x[0])._asdict()
+    of = file_cost if isinstance(model, OnnxModel) else profile_model
+    return of(model, data.get([0]).x[0])._asdict()
 
 def _teacher_row(job, seconds):
     "The row of the one teacher, without its setting."
@@ -849,23 +863,76 @@ def _with_its_token(name, student):
     more = isinstance(student, ViT) and hasattr(student, 'dist_token')
     return name + '_token' if more and not name.endswith('_token') else name
 
+# %% ../nbs/run.ipynb #xp240020
+def _best(job, found):
+    "Setting, name, value and network of the best distilled student on the validation split."
+    students = [(s, n, *kept) for s, f in found.items()
+                for n, kept in f.comparison.students.items() if n != 'alone']
+    return max(students, key=lambda row: job.measure.key(row[2]))
+
+def _student_facts(job, found):
+    "What the files of the best student say of it."
+    setting, name, value, student = _best(job, found)
+    known = _architectures(job.options, job.data.train)['student']
+    return dict(setting=setting, architecture=_with_its_token(known, student), trained=name,
+                **_facts(job.data.train, job.data.valid, job.measure, value))
+
 # %% ../nbs/run.ipynb #9f217a7d
 def _save_networks(job, found):
     "Save the best distilled student and the teacher, with what one must know of them."
-    measure, folder = job.measure, job.folder
-    students = {(s, n): kept for s, f in found.items()
-                for n, kept in f.comparison.students.items() if n != 'alone'}
-    best = max(students, key=lambda which: measure.key(students[which][0]))
-    (setting, name), (value, student) = best, students[best]
-    (train, valid, _), teacher = job.data, job.teacher
-    names = _architectures(job.options, train)
-    reached = evaluate(teacher, valid.to(job.setup.device))[measure.name]
-    save_weights(student, folder/'student.safetensors', train.classes, setting=setting,
-                 architecture=_with_its_token(names['student'], student), trained=name,
-                 **_facts(train, valid, measure, value))
+    (train, valid, _), teacher, folder = job.data, job.teacher, job.folder
+    save_weights(_best(job, found)[3], folder/'student.safetensors', train.classes,
+                 **_student_facts(job, found))
+    if isinstance(teacher.model, OnnxModel):
+        return write_atomic(folder/'teacher.onnx', teacher.model.path.read_bytes())
+    reached = evaluate(teacher, valid.to(job.setup.device))[job.measure.name]
     save_weights(teacher.model, folder/'teacher.safetensors', teacher.classes or train.classes,
-                 architecture=names['teacher'],
-                 **_facts(teacher.own(train), valid, measure, reached))
+                 architecture=_architectures(job.options, train)['teacher'],
+                 **_facts(teacher.own(train), valid, job.measure, reached))
+
+# %% ../nbs/run.ipynb #xp240011
+def _file_row(job, row, kind, model):
+    "The row of an exported file, beside that of the student that is in it."
+    test = job.data.test.to(job.setup.device)
+    found, answers = evaluate(model, test), predict(model, test)
+    same = agreement(answers, predict(job.teacher, test))
+    kept = {k: row[k] for k in ('setting', 'parameters', 'macs')}
+    return kept | {'model': f"{row['model']}, {kind}", **found, 'agreement': same,
+                   'ci95': _ends(found[job.measure.name], test, job.measure),
+                   'interval_over': f'test {test.items}', 'bytes': model.bytes,
+                   'latency_ms': row['latency_ms'], 'file': model.path.name}
+
+# %% ../nbs/run.ipynb #xp240022
+def _on_one_clock(job, found, files, rows):
+    "Measure students, teacher and files again, all on one thread of the processor."
+    item, own = (d.get([0]).x[0].cpu() for d in (job.data.train, job.teacher.own(job.data.train)))
+    students = {f'{s}, {n}': kept[1] for s, f in found.items()
+                for n, kept in f.comparison.students.items()}
+    timed = [({'teacher': job.teacher}, own), (students | files, item)]
+    times = {row['model']: row['latency_ms'] for models, x in timed
+             for row in measure(models, x, batch_sizes=(1,), memory=False)}
+    for r in rows:
+        kind, name = r['model'].rpartition(', ')[2], f"{r['setting']}, {r['model']}"
+        key = kind if 'file' in r else 'teacher' if r['model'] == 'teacher' else name
+        r |= {'latency_ms': times[key], 'threads': 1}
+
+# %% ../nbs/run.ipynb #xp240013
+_CLOCK = ('The files hold the distilled student that is best on the validation split. Latency: '
+          'all rows by one clock, one image, one thread of the processor.')
+
+
+def _export(job, found, result, say):
+    "Export the best student; adds the rows of its files to the result."
+    setting, name, _, student = _best(job, found)
+    paths = paths_for(job.folder/'student.safetensors')
+    asked = {kind: paths[kind] for kind in kinds_of(job.options.export)}
+    files = write_files(student, asked, job.data.train, job.data, **_student_facts(job, found))
+    for path in asked.values(): say(f'exported: {path}')
+    row = next(r for r in result['rows'] if (r['setting'], r['model']) == (setting, name))
+    at = result['rows'].index(row) + 1
+    result['rows'][at:at] = [_file_row(job, row, kind, m) for kind, m in files.items()]
+    _on_one_clock(job, found, files, result['rows'])
+    result['clock'] = _CLOCK
 
 # %% ../nbs/run.ipynb #9126532d
 def _drawn(found, rows):
@@ -963,13 +1030,15 @@ def _say_end(folder, rows, measure, more=()):
     said = '\n'.join([*verdicts(rows, measure), *more])
     _print(f"\n{result_table(rows, measure)}\n\n{said}\n\nreport: {folder/'report.html'}")
 
-def _finish(job, found, result):
+def _finish(job, found, result, say):
     "Save, write and print; returns the result."
     _save_networks(job, found)
+    if job.options.export: _export(job, found, result, say)
     r, pngs = job.report, _drawn(found, result['rows'])
     more = (dict(pictures={'The folder': as_png(r.plot())}, about=r.html()) if r else {})
     _write(job.folder, result, pngs, **more)
-    _say_end(job.folder, result['rows'], result['measure'])
+    lines = [result['clock']] if 'clock' in result else []
+    _say_end(job.folder, result['rows'], result['measure'], lines)
     return Result(result)
 
 # %% ../nbs/run.ipynb #e00ddb2d
@@ -999,7 +1068,7 @@ def run_job(
     found, seconds = _train_all(job, say)
     result = _result(job, job.folder.name, command, found, seconds)
     result |= {'seconds': say.seconds(), 'resumed': resumed}
-    return _finish(job, found, result)
+    return _finish(job, found, result, say)
 
 # %% ../nbs/run.ipynb #6ec80f99
 @dataclass(frozen=True)

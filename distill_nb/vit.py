@@ -128,7 +128,7 @@ def tokens(self:ViT,
     x = self.patch_embed(x)                                  # (B, D, H / patch, W / patch)
     grid, first = tuple(x.shape[2:]), [self.cls_token]
     if hasattr(self, 'dist_token'): first.append(self.dist_token)
-    first = torch.cat(first, 1).expand(len(x), -1, -1)
+    first = torch.cat(first, 1).expand(x.shape[0], -1, -1)
     x = torch.cat([first, x.flatten(2).mT], 1) + self.positions(grid)
     return self.norm(self.blocks(x))
 

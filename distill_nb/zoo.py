@@ -19,8 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .doors import different_names, guard, must, number, plain, reason, whole
-from .files import from_json
+from .doors import different_names, guard, must, plain, reason, whole
 from .weights import fitting, read_checkpoint
 from .hub import _extra, _from_config, _from_hub
 from .models import (WideResNet, checked_state, digit_student, digit_teacher, head_name,
@@ -29,8 +28,9 @@ from .models import (WideResNet, checked_state, digit_student, digit_teacher, he
                                resnet8x4, stem_name, transfer_weights, wrn_16_1, wrn_16_2,
                                wrn_40_1, wrn_40_2)
 from .vit import vit_small_224, vit_small_32, vit_tiny_224, vit_tiny_32, vit_tiny_8
-from .contract import Teacher, teacher_of
+from .contract import Teacher, _fact, _normalisation, _reached, teacher_of
 from .embeddings import Embedder, headless
+from .deploy import OnnxModel
 
 # %% ../nbs/zoo.ipynb #ce27b831
 _torchvision_resnets = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
@@ -167,17 +167,29 @@ def _kind(name):
     return ('file' if re.search(r'\.py(:\w*)?$', name) else ''), name
 
 # %% ../nbs/zoo.ipynb #vt000202
-_WIDE = r'wrn_(\d+)_(\d+)'
+_WIDE, _TIMES = r'wrn_(\d+)_(\d+)', r'(.+)_w(\d+(?:\.\d+)?)'
 
 def _is_vit(name): return name.removesuffix('_token') in _vits
 
-def _is_ours(name): return name in _models or _is_vit(name) or bool(re.fullmatch(_WIDE, name))
+def _has_widths(name):
+    "Does a network of this name come in any width?"
+    return name in _models and name.startswith(('resnet', 'digit')) \
+        and name not in _torchvision_resnets
+
+def _times(name):
+    "A name and the factor on its channels; a name without one has None"
+    m = re.fullmatch(_TIMES, name)
+    return (m[1], float(m[2])) if m and _has_widths(m[1]) else (name, None)
+
+# %% ../nbs/zoo.ipynb #9a000010
+def _is_ours(name):
+    return _times(name)[0] in _models or _is_vit(name) or bool(re.fullmatch(_WIDE, name))
 
 def _check_ours(name):
     "Refuse a name that is neither ours nor has a prefix"
     if _is_ours(name): return
-    known = (f"{', '.join(_models)}, a vit_… with _token, wrn_DEPTH_WIDTH, torchvision:NAME, "
-             'timm:NAME, hf:NAME')
+    known = (f"{', '.join(_models)}, a vit_… with _token, wrn_DEPTH_WIDTH, a CIFAR ResNet or a "
+             'digit net with _wFACTOR (resnet8_w0.5), torchvision:NAME, timm:NAME, hf:NAME')
     more = f" For the folder '{name}' say hf:{name}." if os.path.isdir(name) else ''
     raise ValueError(f"There is no model '{name}'; there are {known} and FILE.py:FUNCTION.{more}")
 
@@ -191,7 +203,9 @@ def _build(name, classes, channels, size):
     if _is_vit(name):
         make, token = _vits[name.removesuffix('_token')], name.endswith('_token')
         return make(classes, channels, size, token)
+    name, width = _times(name)
     more = dict(stem='cifar' if size <= 64 else 'imagenet') if name in _torchvision_resnets else {}
+    if width is not None: more['width'] = width
     return _models[name](classes=classes, channels=channels, **more)
 
 # %% ../nbs/zoo.ipynb #5e8a31ca
@@ -613,39 +627,6 @@ def _from_package(name, asked):
     new = next((c.removesuffix(' is new') for c in changed if c.endswith(' is new')), '')
     return Opened(teacher, [line], new, not new)
 
-# %% ../nbs/zoo.ipynb #c4792502
-def _fact(facts, key, source, least=1, most=math.inf, read=int):
-    "A number among the facts of a file; None where it says nothing"
-    if key not in facts: return None
-    try: value = read(facts[key])
-    except ValueError: value = math.nan
-    ok = least <= value <= most and value != math.inf
-    allowed = f'of at least {least}' if most == math.inf else f'from {least} to {most:,}'
-    must(ok, f"the {key} that '{source}' names", facts[key], f'a number {allowed}')
-    return value
-
-# %% ../nbs/zoo.ipynb #8a0c492d
-def _normalisation(facts, channels, source):
-    "Mean and std among the facts of a file, or two times None"
-    if 'mean' not in facts or 'std' not in facts: return None, None
-    try: mean, std = (from_json(facts[k], source) for k in ('mean', 'std'))
-    except ValueError: mean, std = [], []
-    fits = isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) > 0
-    fits = fits and all(abs(number(v)) < 1e6 for v in mean + std) and min(std) > 0
-    if not fits or channels not in (None, len(mean)):
-        raise ValueError(f"'{source}' names a normalisation that is not one for "
-                         f"{channels or 'any'} channels: mean {facts['mean']:.100}, "
-                         f"std {facts['std']:.100}.")
-    return mean, std
-
-# %% ../nbs/zoo.ipynb #5fcf32ee
-def _reached(facts, source):
-    "What a network reached on the validation split of its run, by the name of the measure"
-    items = _fact(facts, 'valid_items', source)
-    named = [k for k in facts if k.startswith('valid_') and k != 'valid_items']
-    found = {k.removeprefix('valid_'): _fact(facts, k, source, 0, read=float) for k in named}
-    return found | ({'items': items} if items else {}) if found else None
-
 # %% ../nbs/zoo.ipynb #29f35656
 def _file_asked(name, stored, asked):
     "What the caller asks for, or else the file says"
@@ -793,6 +774,25 @@ def _architecture(path):
     except ValueError as e: raise ValueError(f"'{path}' names its architecture: {e}") from None
     return name
 
+# %% ../nbs/zoo.ipynb #ox240002
+def _from_onnx(name, weights, asked):
+    "What is known of an exported network"
+    must(weights is None, 'weights', weights, f"left out, since '{name}' brings its own")
+    model = OnnxModel(name)
+    own, names = model.own_contract, asked.names
+    if names and own.get('classes') and not set(names) <= set(own['classes']):
+        _class_order(own['classes'], names, name)
+    fits = asked.size in (None, own.get('size', (asked.size,))[0])
+    must(fits, 'size', asked.size, f"left out: '{name}' takes one size")
+    said = [] if own else [f'{name} says nothing of its classes and normalisation']
+    return Opened(Teacher(model, own.get('classes', names)), said, '', True)
+
+# %% ../nbs/zoo.ipynb #ox240003
+def _check_text(**given):
+    for what, value in given.items():
+        must(isinstance(value, (str, Path)), what, value, 'text or a path; to say what is known of '
+             'a network that you have, use Teacher(network, classes=..., mean=..., std=...)')
+
 # %% ../nbs/zoo.ipynb #0ea02dc1
 def opened(
     name:str,               # As build_model takes it, or a file that names its architecture
@@ -804,10 +804,9 @@ def opened(
 ) -> Opened:
     "A network from anywhere with what is known of it; nothing is printed"
     asked = _asked(classes, channels, size, images)
-    for what, value in dict(name=name, weights=weights or '').items():
-        must(isinstance(value, (str, Path)), what, value, 'text or a path; to say what is known of '
-             'a network that you have, use Teacher(network, classes=..., mean=..., std=...)')
+    _check_text(name=name, weights=weights or '')
     name = str(name)
+    if Path(name).suffix == '.onnx': return _from_onnx(name, weights, asked)
     if _is_weights(name):
         must(weights is None, 'weights', weights, f"left out, since '{name}' brings its own")
         name, weights = _architecture(name), name

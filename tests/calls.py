@@ -655,6 +655,45 @@ GOOD |= {'Data.more_of.model': net, 'folder_in.data': lambda: 'text:texts',
 INSTANCES |= {'DistillLM': lambda: language.DistillLM(net(), knowing(), examine=False)}
 
 
+# deploy
+def _linear(): return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+def _file(name='m.onnx'):
+    from distill_nb.deploy import export_onnx
+    if not Path(name).exists(): export_onnx(_linear(), name, images(24))
+    return name
+
+
+def _onnx():
+    from distill_nb.deploy import OnnxModel
+    return OnnxModel(_file())
+
+
+GOOD |= {'export_onnx.path': lambda: 'new.onnx', 'export_onnx.model': _linear, 'export_onnx.data': lambda: images(24),
+         'export_onnx.within': lambda: 1e-3,
+         'OnnxModel.path': _file, 'OnnxModel.run.array': lambda: images(24).x[:2].numpy(), 'file_cost.model': _onnx,
+         'file_cost.item': lambda: images(24).x[0]}
+INSTANCES |= {'OnnxModel': _onnx}
+
+
+def _traced(network, item, form, output):
+    "What the exporter gives for `net()`, without its seconds."
+    from onnx import TensorProto, helper, numpy_helper
+    if 'network.1.bias' not in network.state_dict(): raise ValueError('model cannot be exported: it is another one.')
+    made = {k: v.detach().numpy() for k, v in network.state_dict().items()}
+    given = {k.split('.')[-1]: numpy_helper.from_array(np.ascontiguousarray(v), k.split('.')[-1]) for k,
+             v in made.items()}
+    nodes = [helper.make_node('Cast', [form], ['f'], to=TensorProto.FLOAT),
+             helper.make_node('Mul', ['f', 'scale'], ['g']),
+             helper.make_node('Add', ['g', 'shift'], ['h']), helper.make_node('Flatten', ['h'], ['k']),
+             helper.make_node('Gemm', ['k', 'weight', 'bias'], [output], transB=1)]
+    ends = [helper.make_tensor_value_info(form, TensorProto.UINT8, ['n', *item.shape]),
+            helper.make_tensor_value_info(output, TensorProto.FLOAT, ['n', len(made['network.1.bias'])])]
+    graph = helper.make_graph(nodes, 'g', ends[:1], ends[1:], list(given.values()))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+
+
 # zoo
 GOOD |= {'build_model.name': lambda: 'digit_student', 'build_model.classes': lambda: 3, 'load_weights.path': saved,
          'opened.name': lambda: 'digit_student', 'opened.classes': lambda: 3, 'open_model.classes': lambda: 3,
@@ -670,6 +709,53 @@ GOOD |= {'normalisation_table.measure': lambda: Measure('accuracy'), 'normalisat
          'clearly_best.tried': tried, 'Tried.losses': lambda: torch.rand(6), 'Tried.shift': lambda: 0.5,
          'make_teacher.name': lambda: 'digit_student', 'make_teacher.weights': lambda: 'none',
          'make_teacher.data': lambda: Splits(*(images(24, s) for s in range(3)))}
+
+
+# clock
+GOOD |= {'in_turns.calls': lambda: {'a': dict}, 'in_turns.seconds': lambda: 0.01,
+         'in_turns.clock': lambda: time.perf_counter,
+         'peak_growth.work': lambda: dict, 'peak_growth.seconds': lambda: 5.,
+         'measure.models': lambda: {'net': net()}, 'measure.item': lambda: floats()[0],
+         'measure.batch_sizes': lambda: (1, 2), 'measure.seconds': lambda: 0.01}
+
+
+# few_bits
+def _bits(**changed):
+    from distill_nb.few_bits import few_bits
+    return few_bits(net(), images(24), **changed)
+
+
+def _channels(): return torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+GOOD |= {'fake_quantize.scale': lambda: torch.full((6, 1), 0.5), 'fake_quantize.low': lambda: -3,
+         'fake_quantize.high': lambda: 3, 'best_share.weight': _channels, 'RoundedWeights.weight': _channels,
+         'RoundedInputs.low': lambda: -1., 'RoundedInputs.high': lambda: 2., 'best_share.bits': lambda: 3,
+         'RoundedWeights.bits': lambda: 3, 'RoundedInputs.bits': lambda: 8, 'written_back.model': _bits,
+         'bits_of.model': _bits}
+# pruning
+GOOD |= {'load_pruned.path': saved, 'prune_channels.fixed': lambda: ['3'], 'prune_channels.random': lambda: 0}
+
+
+# export_run
+def _export_options(**given):
+    from distill_nb.export_run import ExportOptions
+    return ExportOptions(**dict(student='net.safetensors') | given)
+
+
+GOOD |= {'kinds_of.export': lambda: 'onnx', 'ExportOptions.student': lambda: 'net.safetensors',
+         'export_table.rows': lambda: [dict(kind='onnx', file='m.onnx', bytes=9, latency_ms=1., low_ms=1., high_ms=2.,
+                                            batch_ms=3., batch_size=32)]}
+INSTANCES |= {'ExportOptions': _export_options}
+WITHOUT |= {'write_files', 'prepare_export', 'run_export', 'ExportJob'}  # they take seconds
+# quantize
+def float_file():
+    from small import small_file
+    return small_file('float.onnx', images(24))
+
+
+GOOD |= {'Quantised.model': float_file, 'quantize_onnx.model': float_file, 'quantize_onnx.out': lambda: 'int8.onnx',
+         'quantize_onnx.splits': lambda: Splits(*(images(24, k) for k in range(3)))}
 
 
 # inference
@@ -770,7 +856,8 @@ GOOD |= {'take_turn.contender': Still, 'time_steps.contenders': lambda: {'still'
          'NaiveBf16.loss.x': lambda: torch.zeros(4, 1, 8, 8), 'NaiveBf16.loss.y': lambda: torch.arange(4)}
 WITHOUT |= {'Naive.step', 'NaiveBf16.step', 'PytorchTutorial.step'}  # they want a start
 WITHOUT |= {f'Torchdistill{part}' for part in ('', '.start', '.loss', '.step')}  # it may be absent
-STUBS = {'bench': {f'_measure_{what}': lambda *_: dict(measured()) for what in ('steps', 'methods')}}  # a minute
+STUBS = {'deploy': {'_traced': _traced},
+         'bench': {f'_measure_{what}': lambda *_: dict(measured()) for what in ('steps', 'methods')}}  # a minute
 
 
 # embed_run
@@ -821,6 +908,31 @@ GOOD |= {'settings_to_try.tries': lambda: 4, 'settings_to_try.given': dict, 'Lan
 INSTANCES |= {'LanguageOptions': asked_of_a_text}
 WITHOUT |= {'prepare_language', 'run_language', 'run_part', 'LanguageJob', 'LanguageJob.answering',
             'LanguageJob.contender', 'LanguageArm'}  # they train
+
+
+# plan
+def files_of_a_plan():
+    row = dict(training='alone', valid_accuracy=0.9, ci95=[0.8, 1.], bytes=1000, macs=10, torch_ms=1.)
+    times = dict(latency_ms=2., low_ms=1., high_ms=3.)
+    return [row | times | dict(model='resnet8', numbers=n) for n in ('float', 'int8')]
+
+
+GOOD |= {'family.names': lambda: 'resnet8', 'family.widths': lambda: [0.5, 1],
+         'disagreements.rows': files_of_a_plan, 'disagreements.key': lambda: 'macs',
+         'int8_speed.rows': files_of_a_plan}
+for name in ('front', 'pick', 'draw_front', 'front_table'):
+    GOOD |= {f'{name}.rows': files_of_a_plan, f'{name}.measure': lambda: Measure('valid_accuracy', share=True)}
+
+
+# plan_run
+def asked_of_a_plan():
+    plan_run = __import__('distill_nb.plan_run').plan_run
+    return plan_run.PlanOptions(family='digit_student', widths='1', epochs=1, teacher_epochs=1, device='cpu')
+
+
+GOOD |= {'prepare_plan.options': asked_of_a_plan, 'PlanOptions.members.size': lambda: 8}
+INSTANCES |= {'PlanOptions': asked_of_a_plan}
+WITHOUT |= {'prepare_plan', 'run_plan', 'train_member', 'PlanJob', 'Member'}  # they train
 
 
 # cli

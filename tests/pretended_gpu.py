@@ -104,6 +104,13 @@ CUDA = dict(is_available=lambda: True, device_count=lambda: 1, current_device=la
             mem_get_info=lambda d=None: (2**40, 2**40))
 
 
+def _without_card(function, *args, **kwargs):
+    "What traces a network of the CPU with tensors that hold no numbers: of these the mode knows nothing."
+    with (mock.patch.object(torch.cuda, 'is_available', lambda: False),
+          mock.patch.object(torch.accelerator, 'is_available', lambda: False), torch._C.DisableTorchFunction()):
+        return function(*args, **kwargs)
+
+
 @contextmanager
 def pretended():
     "Inside the `with` block this process has a card."
@@ -115,6 +122,7 @@ def pretended():
                 (torch.optim.Optimizer, '_accelerator_graph_capture_health_check', lambda self: None),
                 (torch.random, 'fork_rng', lambda devices=None, *args, **kwargs: fork([], *args, **kwargs)),
                 (torch.nn.Parameter, '__deepcopy__', lambda self, memo: mark(copied(self, memo), marked(self)))]
+    patches.append((torch.onnx, 'export', partial(_without_card, torch.onnx.export)))
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings('ignore', message='.*CUDA is not available.*')

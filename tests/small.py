@@ -86,3 +86,43 @@ def write_folder(root, parts=('train', 'test'), classes=('cat', 'dog'), n=10, **
         for c, name in enumerate(classes):
             for k in range(n): write_image(root/part/name/f'{k:02}.png', seed=100*c + k + 10_000*p, **kwargs)
     return root
+
+
+def _onnx_file(path, steps, weights, given, rows, facts):
+    "Write an ONNX graph: steps are (kind, inputs, output, attributes); rows are the forms of input and output."
+    from onnx import helper as h, numpy_helper
+    from distill_nb.deploy import OnnxModel, _save
+    weights = [numpy_helper.from_array(v if v.dtype == np.int64 else v.astype(np.float32), k) for k,
+               v in weights.items()]
+    nodes = [h.make_node(kind, ins, [out], name=out, **more) for kind, ins, out, more in steps]
+    ends = [h.make_tensor_value_info(*end) for end in zip((given, steps[-1][2]), *rows)]
+    graph = h.make_graph(nodes, 'small', ends[:1], ends[1:], weights)
+    _save(h.make_model(graph, opset_imports=[h.make_opsetid('', 20)], ir_version=10), path, facts)
+    return OnnxModel(path)
+
+
+def small_file(path, data, output='logits', hidden=8, seed=0):
+    "An ONNX file for images as `export_onnx` writes them, in a moment: normalisation, convolution, ReLU, linear layer."
+    g, c, side, n = np.random.default_rng(seed), data.channels, data.size, len(data.classes)
+    std, mean = (np.float32(v).reshape(-1, 1, 1) for v in (data.std, data.mean))
+    weights = dict(scale=1/(255*std), shift=-mean/std, shape=np.int64([-1, hidden*side**2]),
+                   w1=g.normal(size=(hidden, c, 3, 3))*np.exp(g.normal(size=(hidden, 1, 1, 1))),
+                   b1=g.normal(size=hidden),
+                   w2=g.normal(size=(n, hidden*side**2))/side, b2=g.normal(size=n))
+    steps = [('Cast', ['pixels'], 'floats', {'to': 1}), ('Mul', ['floats', 'scale'], 'scaled', {}),
+             ('Add', ['scaled', 'shift'], 'x', {}), ('Conv', ['x', 'w1', 'b1'], 'conv', {'pads': [1]*4}),
+             ('Relu', ['conv'], 'relu', {}), ('Reshape', ['relu', 'shape'], 'flat', {}),
+             ('Gemm', ['flat', 'w2', 'b2'], output, {'transB': 1})]
+    names = {'classes': data.classes} if output == 'logits' else {}
+    facts = dict(channels=c, size=side, mean=data.mean, std=data.std, **names)
+    return _onnx_file(path, steps, weights, 'pixels', ((2, 1), (('batch', c, side, side), ('batch', n))), facts)
+
+
+def small_text_file(path, data, width=16, seed=0):
+    "An ONNX file of tokens whose last layer is the table of its embeddings, turned over."
+    g, v = np.random.default_rng(seed), len(data.classes)
+    weights = dict(table=g.normal(size=(v, width)), w=g.normal(size=(width, width))/width**.5)
+    steps = [('Gather', ['table', 'tokens'], 'x', {}), ('MatMul', ['x', 'w'], 'h', {}), ('Relu', ['h'], 'r', {}),
+             ('Transpose', ['table'], 'turned', {'perm': [1, 0]}), ('MatMul', ['r', 'turned'], 'logits', {})]
+    rows = (7, 1), (('batch', 'length'), ('batch', 'length', v))
+    return _onnx_file(path, steps, weights, 'tokens', rows, dict(length=data.length))

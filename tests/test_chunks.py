@@ -554,7 +554,7 @@ class Next(Objective):
 def weights_after(**kwargs):
     recipe = kwargs.pop('recipe', {})
     objective = Next(small_gpt(1, 3), small_gpt(2, 3), **kwargs)
-    history = fit(objective, Texts(), RECIPE.__class__(**vars(RECIPE) | recipe))
+    history = fit(objective, Texts(), RECIPE.__class__(**vars(RECIPE) | recipe), device='cpu')
     losses = torch.tensor(list(history.losses.values())).sum(0).tolist()
     return losses, list(objective.model.parameters())
 

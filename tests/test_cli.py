@@ -20,11 +20,13 @@ from distill_nb.zoo import build_model, load_weights, open_model
 from distill_nb.methods import METHODS
 from distill_nb.report import result_table, stored_result, verdicts
 from distill_nb.run import PRESETS, command_line, free_folder
+from distill_nb.export_run import ExportOptions
+from distill_nb.plan_run import PlanOptions
 from distill_nb.embed_run import EmbedOptions
 from distill_nb.language_run import LanguageOptions
 from distill_nb.bench import distill_nb_bench
-from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
-                            distill_nb_predict, run_command)
+from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_export,
+                            distill_nb_language, distill_nb_plan, distill_nb_predict, run_command)
 from processes import python
 
 QUICK = ['--epochs', '2', '--teacher_epochs', '3', '--seeds', '2', '--temperature', '4', '--alpha', '0.9']
@@ -185,7 +187,7 @@ def test_every_command_has_an_entry_point():
     scripts = (Path(__file__).parent.parent/'pyproject.toml').read_text().split('[project.scripts]')[1].split('[')[0]
     found = dict(re.findall(r'^(\w+) = "(.+)"$', scripts, re.M))
     assert set(found) == {'distill_nb', 'distill_nb_bench', 'distill_nb_data_free', 'distill_nb_embed',
-                          'distill_nb_language', 'distill_nb_predict'}
+                          'distill_nb_export', 'distill_nb_language', 'distill_nb_plan', 'distill_nb_predict'}
     for place in found.values():
         module, function = place.split(':')
         assert callable(getattr(importlib.import_module(module), function))
@@ -633,8 +635,8 @@ def test_a_download_that_broke_off_is_taken_away_and_a_whole_one_is_not(there, w
     assert (tmp_path/'a').exists() == bool(left)
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
-                                 distill_nb_predict, distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_export,
+                                 distill_nb_language, distill_nb_predict, distill_nb_plan, distill_nb_bench])
 def test_a_launcher_of_several_processes_is_refused(job, monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
@@ -656,14 +658,14 @@ def test_every_line_that_the_page_says_to_type_is_one_that_the_commands_take():
     text = '\n'.join(''.join(c['source']) for c in page if c['cell_type'] == 'markdown')
     lines = {line.strip('`') for line in re.findall(r'`distill_nb\w*(?: [^`\n]+)?`|^ *distill_nb.*$', text, re.M)}
     lines = {line for line in lines if '--help' not in line}
-    jobs = {f.__name__: f for f in (distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
-                                    distill_nb_predict, distill_nb_bench)}
+    jobs = {f.__name__: f for f in (distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_export,
+                                    distill_nb_language, distill_nb_predict, distill_nb_plan, distill_nb_bench)}
     kinds = {'distill_nb': run.Options, 'distill_nb_data_free': run.FreeOptions, 'distill_nb_embed': EmbedOptions,
-             'distill_nb_language': LanguageOptions}
+             'distill_nb_language': LanguageOptions, 'distill_nb_plan': PlanOptions, 'distill_nb_export': ExportOptions}
     for line in lines:
         name, *argv = line.split()
         if name == 'distill_nb_predict' and not argv: continue  # its name in a sentence
-        if name in ('distill_nb_data_free', 'distill_nb_embed') and not argv: continue
+        if name in ('distill_nb_data_free', 'distill_nb_embed', 'distill_nb_export') and not argv: continue
         given = vars(command_parser(jobs[name]).parse_args(argv))
         if name in kinds: kinds[name](**given)
     assert len(lines) > 15 and {line.split()[0] for line in lines} == set(jobs)
@@ -677,8 +679,8 @@ def test_python_m_is_the_command():
         assert f'--{option}' in p.stdout
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
-                                 distill_nb_predict, distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_export,
+                                 distill_nb_language, distill_nb_predict, distill_nb_plan, distill_nb_bench])
 def test_help_fits_a_page(job, monkeypatch, capsys):
     "Also where the terminal is wider: the page of the commands shows it."
     monkeypatch.setenv('COLUMNS', '200')
@@ -821,8 +823,8 @@ def test_the_command_runs_where_the_notebooks_run():
     assert p.returncode == 2 and p.stderr.startswith('distill_nb: teacher_epochs must be a number'), p.stderr
 
 
-@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
-                                 distill_nb_predict, distill_nb_bench])
+@pytest.mark.parametrize('job', [distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_export,
+                                 distill_nb_language, distill_nb_predict, distill_nb_plan, distill_nb_bench])
 @pytest.mark.parametrize('option', ['--pdb', '--xtra=1', '--devic=cpu'])
 def test_only_the_options_in_the_help_are_taken(job, option, capsys):
     with pytest.raises(SystemExit) as e: run_command(job, [*(['x'] if job is distill_nb_predict else []), option])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_nb import bench, cli, embed_run, language_run, run
-from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_language,
-                            distill_nb_predict, run_command)
+from distill_nb import bench, cli, embed_run, language_run, plan_run, run
+from distill_nb.cli import (command_parser, distill_nb, distill_nb_data_free, distill_nb_embed, distill_nb_export,
+                            distill_nb_language, distill_nb_plan, distill_nb_predict, run_command)
 from distill_nb.bench import distill_nb_bench
 from distill_nb.data import digits
 from distill_nb.files import save_weights
@@ -20,7 +20,7 @@ from distill_nb.zoo import build_model
 
 SECONDS = 60  # after which a line counts as endless
 COMMANDS = {f.__name__: f for f in (distill_nb, distill_nb_predict, distill_nb_data_free, distill_nb_embed,
-                                    distill_nb_language, distill_nb_bench)}
+                                    distill_nb_export, distill_nb_language, distill_nb_plan, distill_nb_bench)}
 BASE = {
     'distill_nb': {'--epochs': '1', '--teacher_epochs': '1', '--seeds': '1', '--labels': '0', '--temperature': '4',
                    '--alpha': '0.5', '--out': 'run'},
@@ -34,6 +34,9 @@ BASE = {
                             '--length': '16', '--steps': '1', '--teacher_steps': '1', '--vocabulary': '257',
                             '--seeds': '1', '--tries': '1',
                             '--batch_size': '4', '--out': 'run'},
+    'distill_nb_plan': {'--family': 'digit_student', '--widths': '1', '--epochs': '1', '--teacher_epochs': '1',
+                        '--seeds': '1', '--tries': '1', '--out': 'run'},
+    'distill_nb_export': {'--student': 'student.safetensors', '--out': 'student.onnx'},
     'distill_nb_bench': {'--pair': 'digits', '--steps': '1', '--batch_size': '16'}}
 
 
@@ -65,11 +68,14 @@ WRONG = {int: [*NUMBERS, '1.5', '1e3'], float: [*NUMBERS, '-inf', '1e300', '1e-4
          str: ['', 'wörd \udcff\n\x1b', 'x' * 300, '/', 'empty', 'notes.txt', 'fifo']}
 # What is no mistake: a folder of downloads that is not used, a new or an empty place for the results, 0 written
 # otherwise, a patience that is never lost, and a rate that only a training can find too high.
-RUNS, ODD = ('distill_nb', 'distill_nb_data_free', 'distill_nb_embed', 'distill_nb_language'), 'wörd \udcff\n\x1b'
-RIGHT = {(command, 'root', value) for command in (*RUNS, 'distill_nb_bench') for value in WRONG[str][1:]}
+RUNS = 'distill_nb', 'distill_nb_data_free', 'distill_nb_embed', 'distill_nb_language', 'distill_nb_plan'
+ODD = 'wörd \udcff\n\x1b'
+RIGHT = {(command, 'root', value) for command in (*RUNS, 'distill_nb_bench', 'distill_nb_export')
+         for value in WRONG[str][1:]}
 RIGHT |= {(command, 'lr', value) for command in RUNS for value in ('1e300', '9' * 30)}
 RIGHT |= {(command, 'out', value) for command in RUNS for value in ('empty', ODD)}
-RIGHT |= {('distill_nb_predict', 'out', ODD), ('distill_nb', 'alpha', '1e-400'), ('distill_nb', 'patience', '9' * 30)}
+RIGHT |= {('distill_nb_predict', 'out', ODD)}
+RIGHT |= {(c, *v) for c in ('distill_nb', 'distill_nb_plan') for v in (('alpha', '1e-400'), ('patience', '9' * 30))}
 RIGHT |= {('distill_nb_language', name, '1e-400') for name in ('alpha', 'dropout')}
 RIGHT |= {('distill_nb_language', 'teacher_lr', value) for value in ('1e300', '9' * 30)}
 RIGHT -= {(command, 'root', 'x' * 300) for command in RUNS}
@@ -241,6 +247,11 @@ def other():
     yield None, line('distill_nb_embed', 'teacher_weights', teacher='digit_teacher')
     yield None, line('distill_nb_embed', '3 were found', data='folder:photos')
     yield None, line('distill_nb_language', 'word', _='word')
+    yield None, line('distill_nb_plan', 'word', _='word')
+    yield None, line('distill_nb_plan', 'alone', method='alone')
+    yield None, line('distill_nb_plan', 'resnet9', family='resnet8,resnet9')
+    yield None, line('distill_nb_plan', 'widths', widths='1,1')
+    yield None, line('distill_nb_plan', 'batch_size', batch_size='1000000000')
     for data in ('digits', 'text:', 'text:empty', 'text:photos', 'text:notes.txt', 'folder:texts', 'text:fifo'):
         yield None, line('distill_nb_language', data=data)
     yield None, line('distill_nb_language', 'batch_size', batch_size='1000000000')
@@ -316,6 +327,7 @@ def running():
         for name in ('run_job', 'run_free'): m.setattr(cli, name, getattr(run, name))
         m.setattr(cli, 'run_embed', embed_run.run_embed)
         m.setattr(cli, 'run_language', language_run.run_language)
+        m.setattr(cli, 'run_plan', plan_run.run_plan)
         yield
 
 
@@ -341,7 +353,8 @@ def outcome(line):
 def only_checked():
     "The commands check what they are given, and train nothing."
     with pytest.MonkeyPatch.context() as m:
-        for name in ('run_job', 'run_free', 'run_embed', 'run_language'): m.setattr(cli, name, lambda *_: {})
+        for name in ('run_job', 'run_free', 'run_embed', 'run_language', 'run_plan'):
+            m.setattr(cli, name, lambda *_: {})
         for what in ('steps', 'methods'): m.setattr(bench, f'_measure_{what}', lambda *_: {})
         m.setattr(bench, 'bench_text', lambda _: '')
         m.setenv('DISTILL_NB_CACHE', str(Path('cache').resolve()))
@@ -384,7 +397,7 @@ def place(tmp_path_factory):
         yield folder
 
 
-@pytest.mark.parametrize('share', [0.25, pytest.param(1., marks=pytest.mark.slow)])
+@pytest.mark.parametrize('share', [0.15, pytest.param(1., marks=pytest.mark.slow)])
 def test_wrong_lines_end_soon_with_one_line_that_names_what_is_wrong_and_leave_nothing(share, place):
     chosen, wrong, n = random.Random(0), {}, 0
     for make, line in all_lines():

@@ -6,6 +6,7 @@ import pytest, torch
 from distill_nb.data import ImageData, Splits
 from distill_nb.files import save_weights
 from distill_nb.models import evaluating
+from distill_nb.protocol import Batch
 from distill_nb.teachers import make_teacher
 from distill_nb.contract import logits_in
 from distill_nb.zoo import build_model
@@ -139,3 +140,11 @@ def test_a_checkpoint_teaches_in_the_order_of_the_data(teacher, form, classes, t
     x = data.train.replace(mean=MEAN, std=STD).get(torch.arange(6)).x
     with evaluating(model): wanted = logits_in(model(x.to(next(model.parameters()).dtype)))
     assert torch.allclose(found(batch).float(), wanted[:, order].float(), rtol=1e-3, atol=1e-4)
+
+
+def test_what_stands_for_a_tensor_while_code_is_compiled_passes():
+    "torch 2.11 makes a Batch of its own variables while it looks at code, outside of compiling."
+    class Variable: pass
+    Variable.__module__ = 'torch._dynamo.variables.lazy'
+    assert isinstance(Batch(*[Variable()]*4).x, Variable)
+    with pytest.raises(ValueError, match='x must be a tensor'): Batch(*[object()]*4)

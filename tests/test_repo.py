@@ -14,8 +14,8 @@ MODULES = ['doors', 'pictures', 'files', 'ranks', 'weights', 'hub', 'rows', 'los
            'vit', 'gpt', 'devices', 'contract', 'students', 'history', 'training', 'tracking', 'compare', 'exam',
            'logits', 'answers', 'cache', 'distillation_token', 'taps', 'features', 'tokens', 'similarity',
            'embeddings', 'embed', 'chunks', 'causal', 'language', 'self_distillation', 'dino', 'inversion',
-           'exits', 'data_free', 'zoo', 'teachers', 'inference', 'methods', 'report', 'run', 'embed_run',
-           'language_run', 'bench', 'cli']
+           'exits', 'data_free', 'deploy', 'zoo', 'teachers', 'clock', 'quantize', 'few_bits', 'pruning', 'inference',
+           'methods', 'report', 'plan', 'export_run', 'run', 'plan_run', 'embed_run', 'language_run', 'bench', 'cli']
 S = settings()
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
 TRACKED = TRACKED or [str(p.relative_to(ROOT)) for p in ROOT.rglob('*') if p.is_file()]
@@ -258,7 +258,8 @@ def test_what_the_package_imports_is_a_dependency_with_a_lower_bound(metadata):
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
     packages = {name.partition('.')[0] for name in names} - sys.stdlib_module_names - {'distill_nb'}
-    distributions = {{'PIL': 'pillow', 'sklearn': 'scikit-learn'}.get(p, p) for p in packages}
+    other = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'torch_pruning': 'torch-pruning'}
+    distributions = {other.get(p, p) for p in packages}
     required = [r.partition(';')[0] for r in metadata.get_all('Requires-Dist') if 'extra == "dev"' not in r]
     assert {re.match(r'[\w-]+', r)[0] for r in required} == distributions
     assert all('>=' in r for r in required)

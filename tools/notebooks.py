@@ -48,8 +48,9 @@ def runs(cell, flags=()):
 
 
 def code_hash(nb):
-    "A short hash of all code of a notebook."
-    code = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
+    "A short hash of all code of a notebook; which extra Colab installs changes no output."
+    plain = lambda s: re.sub(r"'\w+\[\w+\] @ (git\S+)'", r'\1', s) if '-e /content' in s else s
+    code = [plain(''.join(c['source'])) for c in nb['cells'] if c['cell_type'] == 'code']
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
 
@@ -153,7 +154,7 @@ def cell_faults(cell):
     "What does not fit its page in one cell, as sentences."
     source, kind = ''.join(cell['source']), cell['cell_type']
     if kind == 'markdown': return [f'a backtick in the text of a link: [{text}]' for text in raw_links(source)]
-    if kind != 'code': return []
+    if kind != 'code' or '-e /content' in source: return []  # the install cell is hidden
     found = [f'line {i} has {length} characters, more than {WIDTH}' for i, length in long_lines(source, WIDTH)]
     lines = sum(not line.startswith('#|') for line in source.strip().splitlines())
     if lines > CELL and not only_imports(source) and not is_a_command(source):
@@ -196,6 +197,16 @@ def how_long(took):
     return f"Runs in about {about(took['quick'])} on {took['cores']} CPU cores{slow}."
 
 
+_EDGE = re.compile(r'^from distill_nb\.(deploy|clock|quantize|pruning|export_run) import', re.M)
+
+
+def extra_of(path):
+    "The extra whose packages the cells of the notebook at `path` use, in brackets; nothing for most."
+    cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    lessons = [s for s in cells if not s.startswith('#| export')]
+    return '[deploy]' if path.stem == 'plan_run' or any(map(_EDGE.search, lessons)) else ''
+
+
 def head(path):
     "The sources of the badge cell and of the install cell of the notebook at `path`."
     s = settings()
@@ -206,7 +217,9 @@ def head(path):
              'alt="Open In Colab"></a>')
     took = json.loads(path.read_text())['metadata'].get('seconds')
     if took and path.stem != 'index': badge += ' ' + how_long(took)
-    return badge, f"#| hide\n![ -e /content ] && pip install -q git+{s['repo_url']}  # on Colab only"
+    extra, what = extra_of(path), f"git+{s['repo_url']}"
+    if extra: what = f"'{s['lib_name']}{extra} @ {what}'"
+    return badge, f"#| hide\n![ -e /content ] && pip install -q {what}  # on Colab only"
 
 
 def set_head(path):
