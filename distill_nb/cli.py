@@ -19,9 +19,11 @@ import torch
 from fastcore.basics import patch
 from fastcore.script import anno_parser
 
+from .doors import must
 from .images import HIDDEN, list_images
 from .data_free import DATA_FREE
 from .devices import fit_device
+from .deploy import OnnxModel
 from .inference import open_student, write_predictions
 from .export_run import ExportOptions, prepare_export, run_export
 from .run import (FreeOptions, Options, command_line, free_folder, in_folder, prepare,
@@ -143,6 +145,12 @@ def _continued(out):
             _promise(e, out, 'behind the rows that are there')
         raise
 
+def _place(network, device):
+    "Put a network where it is to be asked."
+    file = isinstance(network.model, OnnxModel)
+    must(not file or device in (None, 'cpu'), 'device', device, 'left out: files run on the CPU')
+    network.to(fit_device(device))
+
 # %% ../nbs/cli.ipynb #5e1d0c04
 def distill_nb_predict(
     images:str, # Image files, and folders with images in them
@@ -158,7 +166,7 @@ def distill_nb_predict(
 )->int: # How many images could not be read
     "Name the classes of images, as a table of path, class, probability and error."
     network, form = open_student(student, architecture)
-    network.to(fit_device(device))
+    _place(network, device)
     with _continued(out):
         bad, n = write_predictions(network, images, form, top, batch_size, out, resume)
     _say_left_out(images, bad, n)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .doors import guard, must, whole
 from .rows import check_rows
-from .views import _form, _integers, _pairs, _together, mix
+from .views import _integers, _pairs, _together, mix
 
 # %% ../nbs/protocol.ipynb #0ad28a7a
 class Batch(NamedTuple):

@@ -189,6 +189,8 @@ def test_predictions_of_a_file_are_those_of_its_student(student, exported, tmp_p
     said = run_command(distill_nb_predict,
                        [str(photos), '--student', str(exported['onnx'].path), '--architecture', 'resnet8'])
     assert said == 2 and 'architecture must be left out' in capsys.readouterr().err
+    given = [str(photos), '--student', str(exported['onnx'].path), '--device', 'cuda']
+    assert run_command(distill_nb_predict, given) == 2 and 'device must be left out' in capsys.readouterr().err
 
 
 def test_a_teacher_may_be_an_exported_file(exported, tmp_path, capsys):
