@@ -98,17 +98,25 @@ _PIECE, _SHARED, _SAME = 2**16, 2**9, 8  # letters of a piece, and before and be
 
 @patch
 def _pieces(self:HFTokenizer, text):
-    "Where each piece begins, and its tokens with their places: number, begin, end, (n, 3)."
+    "Where each piece begins, and its tokens: number, begin, end, may pieces meet there, (n, 4)."
     starts = range(0, len(text), _PIECE)
     for k in range(0, len(starts), 32):
         some = [(s, max(0, s - _SHARED)) for s in starts[k:k + 32]]
         texts = [text[a:s + _PIECE + _SHARED] for s, a in some]
         for (s, a), e in zip(some, self._core.encode_batch(texts, add_special_tokens=False)):
-            yield s, np.column_stack([e.ids, np.array(e.offsets).reshape(-1, 2) + a])
+            yield s, np.column_stack([e.ids, np.array(e.offsets).reshape(-1, 2) + a,
+                                      self._may_meet(e)])
+
+@patch
+def _may_meet(self:HFTokenizer, encoded):
+    "A unigram vocabulary chooses for each word as a whole, so that pieces meet between words."
+    if type(self._core.model).__name__ != 'Unigram': return np.ones(len(encoded.ids), int)
+    words = [-1 if w is None else w for w in encoded.word_ids]
+    return np.diff(words, prepend=-1) != 0
 
 def _meeting(left, right, at):
     "Where two pieces go on alike, near a place of the text: a row of each, or None."
-    near = lambda t: np.flatnonzero(abs(t[:, 1] - at) < _SHARED//2)
+    near = lambda t: np.flatnonzero((abs(t[:, 1] - at) < _SHARED//2) & (t[:, 3] == 1))
     rows = {tuple(right[j]): j for j in near(right)}
     for i in near(left):
         j = rows.get(tuple(left[i]))
