@@ -26,9 +26,10 @@ import pretended_gpu
 pretended_gpu.begin()
 assert torch.zeros(1, device='cuda').is_cuda'''
 DEVICES = {'cpu': '', 'gpu': CARD}
-# Pages of which the pretended GPU tells nothing new: their subject is a file or a clock on the processor, or
-# tests/test_devices.py tries the same there.
-ON_THE_PROCESSOR = {'clock', 'quantize', 'export_run', 'plan_run', '03_models', 'methods', 'dino', 'your_own'}
+# Pages of which the pretended GPU tells nothing new: their subject is a file or a clock on the processor, or tests try
+# the same there: tests/test_devices.py, and those of the commands.
+ON_THE_PROCESSOR = {'clock', 'quantize', 'export_run', 'plan_run', '03_models', 'methods', 'dino', 'your_own', 'cli',
+                    'embed_run', 'language_run'}
 
 
 def pytest_addoption(parser):
