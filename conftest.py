@@ -5,9 +5,13 @@ the wrong device. `NOTEBOOK_PYTHON` names the interpreter of another environment
 the wheel alone. All kernels are forked from an interpreter that holds the libraries of others (`tools/warm.py`), which
 take longer to load than most notebooks to run; `tools.notebooks run`, of which all outputs come, starts each from
 nothing. What is slow, cell or test, is left out unless `--flags slow` asks for it."""
-import os, sys
+import gc, os, sys
 from collections import Counter
 from contextlib import ExitStack
+from importlib.util import find_spec
+
+# What the tests load and keep are a million objects: Python is to look less often for what could be freed among them.
+gc.set_threshold(50_000, 20, 20)
 
 # Before torch is loaded: the workers share the cores, and all interpreters that the tests start share compiled modules.
 def share_cores(workers): os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // workers)))
@@ -28,8 +32,12 @@ assert torch.zeros(1, device='cuda').is_cuda'''
 DEVICES = {'cpu': '', 'gpu': CARD}
 # Pages of which the pretended GPU tells nothing new: their subject is a file or a clock on the processor, or tests try
 # the same there: tests/test_devices.py, and those of the commands.
-ON_THE_PROCESSOR = {'clock', 'quantize', 'export_run', 'plan_run', '03_models', 'methods', 'dino', 'your_own', 'cli',
-                    'embed_run', 'language_run'}
+ON_THE_PROCESSOR = {'clock', 'quantize', 'pte', 'export_run', 'plan_run', '03_models', 'methods', 'dino', 'your_own',
+                    'cli', 'embed_run', 'language_run'}
+# Long pages whose methods or commands those tests try as well: they run on the pretended GPU every week.
+SLOW_ON_THE_GPU = {'00_theory', '07_features', '08_self', '09_data_free', '11_language', 'embed', 'exam', 'index',
+                   'inversion', 'ranks', 'similarity'}
+NEEDS = {'pte': 'executorch'}  # what a page needs, and `dev` does not bring
 
 
 def pytest_addoption(parser):
@@ -75,9 +83,15 @@ def pytest_collect_file(file_path, parent):
 class NotebookFile(pytest.File):
     "A notebook, once for each device."
     def collect(self):
+        package = NEEDS.get(self.path.stem, 'pytest')
+        if 'NOTEBOOK_PYTHON' not in os.environ and not find_spec(package):
+            pytest.skip(f'{package} is not installed', allow_module_level=True)
         for name, first in DEVICES.items():
-            if name == 'gpu' and self.path.stem in ON_THE_PROCESSOR: continue
+            if name == 'gpu' and self.path.stem in self.left_out(): continue
             yield Notebook.from_parent(self, name=name, first=first)
+
+    def left_out(self):
+        return ON_THE_PROCESSOR | (set() if 'slow' in flags(self.config) else SLOW_ON_THE_GPU)
 
 
 class Notebook(pytest.Collector):

@@ -107,6 +107,7 @@ def _pieces(self:HFTokenizer, text):
             yield s, np.column_stack([e.ids, np.array(e.offsets).reshape(-1, 2) + a,
                                       self._may_meet(e)])
 
+# %% ../nbs/causal.ipynb #ca00001f
 @patch
 def _may_meet(self:HFTokenizer, encoded):
     "A unigram vocabulary chooses for each word as a whole, so that pieces meet between words."

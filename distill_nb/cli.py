@@ -23,7 +23,7 @@ from .doors import must
 from .images import HIDDEN, list_images
 from .data_free import DATA_FREE
 from .devices import fit_device
-from .deploy import OnnxModel
+from .deploy import ExportedModel
 from .inference import open_student, write_predictions
 from .export_run import ExportOptions, prepare_export, run_export
 from .run import (FreeOptions, Options, command_line, free_folder, in_folder, prepare,
@@ -126,7 +126,8 @@ def distill_nb(
     cache:str='auto',
     # Compile what is trained with torch.compile: for long runs on a GPU
     compile:bool=False,
-    # Also export the best student, with rows in the same table: onnx, or onnx,int8
+    # Also export the best student, with rows in the same table: onnx,
+    # int8 and pte, with commas between them
     export:str=None,
     # Send the curve of every training to tensorboard, wandb or mlflow as well
     log:str=None,
@@ -147,7 +148,7 @@ def _continued(out):
 
 def _place(network, device):
     "Put a network where it is to be asked."
-    file = isinstance(network.model, OnnxModel)
+    file = isinstance(network.model, ExportedModel)
     must(not file or device in (None, 'cpu'), 'device', device, 'left out: files run on the CPU')
     network.to(fit_device(device))
 
@@ -326,6 +327,7 @@ def distill_nb_language(
 def distill_nb_export(
     student:str=None, # Its file: student.safetensors of a run, or another that says as much
     int8:bool=False, # Also write a file of eight bits, calibrated on training images of --data
+    pte:bool=False, # Also write a .pte file of ExecuTorch, for phones
     # Data to calibrate and to measure with: digits, mnist, fashion_mnist, cifar10, cifar100 or
     # folder:PATH, as in distill_nb; for a language model english or text:PATH
     data:str=None,

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .doors import guard, must, number, reason, whole
 from .files import pack_weights
 from .models import evaluating
 from .contract import Teacher
-from .deploy import OnnxModel, _session
+from .deploy import ExportedModel, OnnxModel, _session
 
 # %% ../nbs/clock.ipynb #ca000039
 def in_turns(
@@ -87,10 +88,10 @@ def _spread(times):
 def _batch_for(model, item, n):
     "n times the same item, in the form that a model takes."
     x = item.detach().cpu()
-    if isinstance(model, OnnxModel) and model.input in ('pixels', 'tokens'):
+    if isinstance(model, ExportedModel) and model.input in ('pixels', 'tokens'):
         return np.stack([model._array(x)]*n)
     if x.dtype == torch.uint8: x = (x.float()/255 - 0.5)/0.25
-    if isinstance(model, OnnxModel): return np.stack([model._array(x)]*n)
+    if isinstance(model, ExportedModel): return np.stack([model._array(x)]*n)
     p = next((p for p in model.parameters() if p.is_floating_point()), None)
     if x.is_floating_point(): x = x.to(torch.float32 if p is None else p.dtype)
     return torch.stack([x]*n)
@@ -98,18 +99,16 @@ def _batch_for(model, item, n):
 # %% ../nbs/clock.ipynb #ca000045
 def _ready(model, threads):
     "A model as it is timed: on the CPU, or with that many threads."
-    if isinstance(model, OnnxModel):
-        return model if model.threads == threads else OnnxModel(model.path, threads)
+    if isinstance(model, ExportedModel):
+        return model if model.threads == threads else type(model)(model.path, threads)
     if isinstance(model, Teacher): model = model.model
     there = any(t.device.type != 'cpu' for t in model.state_dict().values() if hasattr(t, 'device'))
     return copy.deepcopy(model).cpu() if there else model
 
 def _caller(model, item, n):
     x = _batch_for(model, item, n)
-    if not isinstance(model, OnnxModel): return lambda: model(x)
-    if isinstance(model._in.shape[0], int): return lambda: model.run(x)  # it may split the batch
-    run, out, given = model._session.run, [model._out.name], {model._in.name: x}
-    return lambda: run(out, given)
+    if not isinstance(model, ExportedModel): return lambda: model(x)
+    return model._asking(x)
 
 # %% ../nbs/clock.ipynb #ca000046
 @contextmanager
@@ -130,6 +129,7 @@ def _resident(what):
 
 def _growth(work):
     "By how many bytes this process grows while it works, at most; what stays loaded is there."
+    gc.freeze()  # or the collections below would touch, and so copy, all that was there before
     work()
     return min(_grown(work) for _ in range(2))
 
@@ -179,14 +179,24 @@ def _awaited(read, seconds):
     return int(said) if said else None
 
 # %% ../nbs/clock.ipynb #ca000059
-def _opened_and_asked(model, item, n):
-    x, out = _batch_for(model, item, n), [model._out.name]
-    if isinstance(model._in.shape[0], int): return lambda: OnnxModel(model.path).run(x)
-    return lambda: _session(str(model.path), 1, 'the file').run(out, {model.input: x})
+@patch
+def _asking(self:OnnxModel, rows):
+    "A function that asks the runtime, with nothing around it"
+    if self._is_fixed(): return lambda: self.run(rows)  # it may split the batch
+    run, out, given = self._session.run, [self._out.name], {self._in.name: rows}
+    return lambda: run(out, given)
 
+@patch
+def _opening(self:OnnxModel, rows):
+    "A function that opens the file and asks it"
+    if self._files or self._is_fixed(): return lambda: OnnxModel(self.path).run(rows)
+    return lambda: _session(str(self.path), 1, 'the file').run([self._out.name], {self.input: rows})
+
+# %% ../nbs/clock.ipynb #pt00000c
 def _peak(model, item, n):
     "Bytes that a process needs to open a model and to answer n items at once."
-    if isinstance(model, OnnxModel): return peak_growth(_opened_and_asked(model, item, n))
+    if isinstance(model, ExportedModel):
+        return peak_growth(model._opening(_batch_for(model, item, n)))
     grown = peak_growth(_caller(model, item, n))
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in (*model.parameters(), *model.buffers())}
@@ -194,10 +204,10 @@ def _peak(model, item, n):
 
 # %% ../nbs/clock.ipynb #ca000062
 def measure(
-    models:dict, # Networks of torch and OnnxModels, by name
+    models:dict, # Networks of torch and exported files, opened, by name
     item:Tensor, # One image, uint8 or normalised, (C, H, W), or tokens, int64, (L,)
     batch_sizes:tuple=(1, 32), # How many items are asked about at once
-    threads:int=1, # For torch and for the files
+    threads:int=1, # For torch and for the files; more than there are cores is a warning
     seconds:float=0.5, # That each model may take for each size of a batch, about
     turns:int=10, # Into which they are divided
     memory:bool=True, # Find out how much memory each needs? Takes a copy of the process each time
@@ -220,9 +230,10 @@ def _rows(ready, item, n, seconds, turns):
     return [_row(name, m, n, times[name]) for name, m in ready.items()]
 
 def _row(name, model, n, times):
-    file = isinstance(model, OnnxModel)
+    file = isinstance(model, ExportedModel)
     size = model.bytes if file else len(pack_weights(model))
-    return {'model': name, 'runtime': 'onnx' if file else 'torch', 'batch_size': n, 'threads': 1,
+    runtime = model.runtime if file else 'torch'
+    return {'model': name, 'runtime': runtime, 'batch_size': n, 'threads': 1,
             **_spread(times), 'bytes': size, 'peak_bytes': None, 'calls': len(times)}
 
 def _add_memory(ready, item, rows):
@@ -231,7 +242,7 @@ def _add_memory(ready, item, rows):
 # %% ../nbs/clock.ipynb #ca000065
 def _check_asked(models, item, batch_sizes, threads):
     named = isinstance(models, dict) and models and all(isinstance(n, str) for n in models)
-    must(named, 'models', models, 'networks and OnnxModels by name, at least one')
+    must(named, 'models', models, 'networks and opened files by name, at least one')
     for name, m in models.items():
         must(isinstance(m, nn.Module), f'models[{name!r}]', m, 'a network or an OnnxModel')
     must(isinstance(item, Tensor) and 0 < item.numel() <= 2**26, 'item',
@@ -240,9 +251,22 @@ def _check_asked(models, item, batch_sizes, threads):
     must(sizes, 'batch_sizes', batch_sizes, 'a list of numbers of items')
     for n in batch_sizes: whole('each of batch_sizes', n, 1, min(10_000, 2**28//item.numel()))
     whole('threads', threads, 1, 1024)
+    _warn_of(threads)
 
+# %% ../nbs/clock.ipynb #me000011
+def _warn_of(threads):
+    "More threads than cores wait for each other: that is slow, and no error says so"
+    on_some = hasattr(os, 'sched_getaffinity')
+    cores = len(os.sched_getaffinity(0)) if on_some else os.cpu_count() or 1
+    if threads > cores:
+        warnings.warn(f'threads is {threads}, but this process may use {cores} '
+                      f"core{'s'*(cores > 1)}: threads that share a core wait for each other, "
+                      'and the times say little.', stacklevel=5)
+
+# %% ../nbs/clock.ipynb #me000010
 def _try(name, model, item):
-    try: _caller(model, item, 1)()
+    ask = model.run if isinstance(model, ExportedModel) else model
+    try: ask(_batch_for(model, item, 1))
     except Exception as e:
         raise ValueError(f'item is {item.dtype} of shape {tuple(item.shape)}, which the model '
                          f'{name!r} does not take: {reason(e)}') from e

@@ -65,7 +65,7 @@ def reason(
     error:Exception, # Any
 ) -> str:
     "The first line of an error's message, or its name where it has none"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 # %% ../nbs/doors.ipynb #a785ce41
 def different_names(

@@ -26,15 +26,16 @@ from .contract import Teacher
 from .training import evaluate
 from .compare import Table, table
 from .causal import open_language_model
-from .deploy import OnnxModel, export_onnx
+from .deploy import export_onnx
+from .pte import EXPORTED, _runtime, export_pte
 from .clock import int8_units, measure
 from .quantize import quantize_onnx
 from .zoo import opened
 from .report import _check_rows
 
 # %% ../nbs/export_run.ipynb #ex000010
-KINDS = 'onnx', 'int8' # of files
-_ENDS = {'onnx': '.onnx', 'int8': '-int8.onnx'}
+KINDS = 'onnx', 'int8', 'pte' # of files
+_ENDS = {'onnx': '.onnx', 'int8': '-int8.onnx', 'pte': '.pte'}
 
 def kinds_of(
     export:str, # Words with commas between them, as of --export
@@ -42,8 +43,9 @@ def kinds_of(
     "Which files are asked for"
     words = [w.strip() for w in export.split(',')]
     must(set(words) <= set(KINDS) and len(set(words)) == len(words), 'export', export,
-         f"{' or '.join(KINDS)}, or both with a comma between them")
-    return KINDS if 'int8' in words else ('onnx',)
+         f"one or more of {', '.join(KINDS)}, with commas between them")
+    if 'int8' in words: words.append('onnx')
+    return tuple(k for k in KINDS if k in words)
 
 # %% ../nbs/export_run.ipynb #ex00001a
 def paths_for(
@@ -62,14 +64,17 @@ def write_files(
     splits:Splits|None=None, # For int8: ranges from train, judged on valid
     images:int=256, # Of the training images, from which the ranges are taken
     **facts, # To say in the files
-)->dict: # {kind: OnnxModel}
+)->dict: # {kind: OnnxModel or PteModel}
     "Export a network as every kind of file that has a path"
-    must('onnx' in paths and set(paths) <= set(KINDS), 'paths', paths, f"by {' and '.join(KINDS)}")
-    must('int8' not in paths or splits, 'splits', splits, 'given for int8')
+    must(paths and set(paths) <= set(KINDS), 'paths', paths, f"by {', '.join(KINDS)}")
+    alone = 'int8' in paths and not ('onnx' in paths and splits)
+    must(not alone, 'paths', paths, 'with onnx, and splits given, where int8 is one of them')
     whole('images', images, 1)
-    files = {'onnx': export_onnx(network, paths['onnx'], data, **facts)}
+    files = {}
+    if 'onnx' in paths: files['onnx'] = export_onnx(network, paths['onnx'], data, **facts)
     if 'int8' in paths:
         files['int8'] = quantize_onnx(files['onnx'], paths['int8'], splits, images).model
+    if 'pte' in paths: files['pte'] = export_pte(network, paths['pte'], data, **facts)
     return files
 
 # %% ../nbs/export_run.ipynb #ex000012
@@ -79,6 +84,7 @@ class ExportOptions:
     student: str = None # The file of its weights
     out: str = None # The file of floats; None: beside the student
     int8: bool = False # Also write a file of int8?
+    pte: bool = False # Also write a program of ExecuTorch?
     data: str = None # Data to calibrate and to measure with; int8 needs them
     architecture: str = None # Of the student, where its file does not name it
     root: str = 'data' # Where data sets are downloaded to
@@ -108,12 +114,16 @@ class _Asked:
         o, self.splits = options, None
         place = Path(str(o.student).partition('::')[0])
         must(place.is_file(), 'student', o.student, 'a file of weights that exists')
-        must(place.suffix != '.onnx', 'student', o.student, 'a file of weights, not one exported')
+        must(place.suffix not in EXPORTED, 'student', o.student,
+             'a file of weights, not one exported')
         self.facts = dict(read_checkpoint(o.student).facts)
         self.is_text = 'tokenizer' in self.facts
         (self._open_text if self.is_text else self._open_images)(o)
         self.mark = self.network.fingerprint()
-        for k in ('fingerprint', 'classes'): self.facts.pop(k, None)
+        for k in _SAID_ANEW: self.facts.pop(k, None)
+
+_SAID_ANEW = ('fingerprint', 'classes', 'format', 'input', 'output', 'batch', 'parameters', 'macs',
+              'model', 'path', 'data', 'within') # the last four: arguments of the exporters
 
 # %% ../nbs/export_run.ipynb #ex000014
 @patch
@@ -170,7 +180,7 @@ def _check_there(paths, mark, resume):
     for path in paths.values():
         if not path.exists(): continue
         must(resume, 'out', str(path), 'a new file: with --resume one of this student is kept')
-        own = OnnxModel(path).facts.get('student')
+        own = EXPORTED[path.suffix](path).facts.get('student')
         must(own == mark, 'out', str(path), 'a file of this student, to go on with --resume')
 
 # %% ../nbs/export_run.ipynb #ex00001d
@@ -178,9 +188,11 @@ def prepare_export(
     options:ExportOptions, # What is asked
 )->ExportJob:
     "Gather what the export needs, and check it; nothing is written"
+    if options.pte: _runtime()
     asked = _Asked(options)
     paths = paths_for(options.out or str(options.student).partition('::')[0])
-    if not options.int8: del paths['int8']
+    for kind in ('int8', 'pte'):
+        if not getattr(options, kind): del paths[kind]
     must(not options.int8 or asked.network.outputs != 'embedding', 'int8', True,
          'left out for a network without classes: nothing tells what it would lose')
     _check_there(paths, asked.mark, options.resume)
@@ -188,11 +200,13 @@ def prepare_export(
     return ExportJob(options, asked.network, asked.form, asked.splits, facts, paths)
 
 # %% ../nbs/export_run.ipynb #ex000016
-def _float_file(job):
+def _float_file(job, kind):
     "The exported file; kept where it is there already"
-    path = job.paths['onnx']
-    if path.exists(): return OnnxModel(path), 'was there'
-    model = export_onnx(job.network, path, job.item, **job.facts)
+    path, export = job.paths[kind], {'onnx': export_onnx, 'pte': export_pte}[kind]
+    if path.exists(): return EXPORTED[path.suffix](path), 'was there'
+    text = job.item is not None
+    near = {'within': 1e-3} if kind == 'pte' and text else {} # its GELU is rougher
+    model = export(job.network, path, job.item, **near, **job.facts)
     return model, f"differs from torch by {model.facts['parity']} of the largest answer"
 
 def _clocked(job, files):
@@ -268,11 +282,13 @@ def run_export(
     "Write the files, measure them, and print what they reached"
     def say(text): print(f'[{time.perf_counter() - start:5.1f} s] {text}', flush=True)
     o, files = job.options, {}
-    files['onnx'], how = _float_file(job)
-    say(f"{job.paths['onnx']}: {how}")
+    for kind in [k for k in ('onnx', 'pte') if k in job.paths]:
+        files[kind], how = _float_file(job, kind)
+        say(f'{job.paths[kind]}: {how}')
     if o.int8:
         files['int8'] = quantize_onnx(files['onnx'], job.paths['int8'], job.splits, o.images).model
         say(f"{job.paths['int8']}: {files['int8'].facts['quantised']}")
+    files = {k: files[k] for k in KINDS if k in files}
     rows, measured = _rows(job, files), job.splits and job.splits.valid.measures[0]
     units = ', '.join(int8_units()) or 'no instructions for bytes that the system tells of'
     print('\n'.join(['', str(export_table(rows, measured)), '', *_slower(rows),

@@ -191,10 +191,10 @@ def few_bits(
     weights:int=4, # Bits of the weights, from 2 to 8
     activations:int|None=8, # Bits of what comes into a layer, from 2 to 8; None: not rounded
     images:int=256, # How many items to look at
-)->nn.Module: # A copy in eval mode
+)->nn.Module: # A copy in eval mode, in float32
     "A copy whose convolutions and linear layers compute with rounded weights and inputs."
     _check_few_bits(model, data, weights, activations, images)
-    model = fold_batch_norm(model)
+    model = fold_batch_norm(_copied(model).float())
     for name, ends in _seen(model, data, images).items():
         layer = model.get_submodule(name)
         if activations is not None: _round_inputs(layer, RoundedInputs(activations, *ends))

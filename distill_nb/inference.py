@@ -26,7 +26,7 @@ from .devices import device_of
 from .contract import Teacher, check_answers
 from .students import check_classes
 from .training import predict
-from .deploy import OnnxModel
+from .pte import EXPORTED
 from .zoo import opened
 
 # %% ../nbs/inference.ipynb #0a5b6c09
@@ -34,7 +34,7 @@ def _facts(path):
     "What a student's file says of it."
     place = path and Path(str(path).partition('::')[0])
     must(place and place.is_file(), 'student', path, 'a file of weights, such as a run leaves')
-    if place.suffix == '.onnx': return OnnxModel(place).facts
+    if place.suffix in EXPORTED: return EXPORTED[place.suffix](place).facts
     return read_checkpoint(path).facts
 
 def _check_unasked(path, name):
@@ -66,8 +66,8 @@ def open_student(
     "A student ready to be asked, from its file."
     must(architecture != '', 'architecture', architecture, 'a name or FILE.py:FUNCTION')
     facts = _facts(path)
-    file = str(path).endswith('.onnx') # it holds its network, which has no code of its own
-    must(not file or architecture is None, 'architecture', architecture, 'left out for .onnx')
+    file = Path(path).suffix in EXPORTED # it holds its network, which has no code of its own
+    must(not file or architecture is None, 'architecture', architecture, 'left out for a file')
     if architecture is None and not file: _check_unasked(path, facts.get('architecture'))
     named = (path,) if architecture is None else (architecture, path)
     try: found = opened(*named)

@@ -30,7 +30,8 @@ from .models import human, profile_model
 from .vit import ViT
 from .devices import fit_device
 from .contract import Teacher, placed
-from .deploy import OnnxModel, export_onnx, file_cost
+from .deploy import ExportedModel, OnnxModel, export_onnx, file_cost
+from .pte import PteModel, export_pte
 from .clock import measure
 from .students import logits_of
 from .training import PRECISIONS, Recipe, Setup, Supervised, evaluate, fit, predict
@@ -137,7 +138,7 @@ class Options(_Learning):
     duplicates: str = 'refuse' # What becomes of images that occur in two splits of a folder
     skip_damaged: bool = False # Leave out the images of a folder that can't be read?
     seeds: int = 5 # Seeds that each student is trained with
-    export: str = None # Files to make of the best student: onnx, or onnx,int8
+    export: str = None # Files to make of the best student: onnx, int8, pte
 
     @property
     def methods(self):
@@ -558,10 +559,11 @@ def _examine(teacher, valid, more):
     except ValueError as e: raise ValueError(f'{e} {more}') from e
 
 # %% ../nbs/run.ipynb #xp240025
-def _rehearse_export(student, train):
+def _rehearse_export(student, train, kinds):
     "Export a student with random weights, so that what cannot be exported is refused now."
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(student, Path(folder)/'student.onnx', train)
+        if 'onnx' in kinds: export_onnx(student, Path(folder)/'student.onnx', train)
+        if 'pte' in kinds: export_pte(student, Path(folder)/'student.pte', train)
 
 # %% ../nbs/run.ipynb #5b039052
 def _student(o, p, train):
@@ -570,7 +572,7 @@ def _student(o, p, train):
     make = partial(build_model, name, len(train.classes), train.channels, train.size)
     made = make()
     _check_token(o, name, made)
-    if o.export: _rehearse_export(made, train)
+    if o.export: _rehearse_export(made, train, kinds_of(o.export))
     return make
 
 def _check_token(o, name, made):
@@ -761,7 +763,7 @@ def _ends(value, data, measure):
 
 def _cost(model, data):
     "What a model costs for one item."
-    of = file_cost if isinstance(model, OnnxModel) else profile_model
+    of = {OnnxModel: file_cost, PteModel: PteModel.cost}.get(type(model), profile_model)
     return of(model, data.get([0]).x[0])._asdict()
 
 def _teacher_row(job, seconds):
@@ -883,8 +885,9 @@ def _save_networks(job, found):
     (train, valid, _), teacher, folder = job.data, job.teacher, job.folder
     save_weights(_best(job, found)[3], folder/'student.safetensors', train.classes,
                  **_student_facts(job, found))
-    if isinstance(teacher.model, OnnxModel):
-        return write_atomic(folder/'teacher.onnx', teacher.model.path.read_bytes())
+    if isinstance(teacher.model, ExportedModel):
+        path = teacher.model.path
+        return write_atomic(folder/f'teacher{path.suffix}', path.read_bytes())
     reached = evaluate(teacher, valid.to(job.setup.device))[job.measure.name]
     save_weights(teacher.model, folder/'teacher.safetensors', teacher.classes or train.classes,
                  architecture=_architectures(job.options, train)['teacher'],

@@ -30,7 +30,8 @@ from .models import (WideResNet, checked_state, digit_student, digit_teacher, he
 from .vit import vit_small_224, vit_small_32, vit_tiny_224, vit_tiny_32, vit_tiny_8
 from .contract import Teacher, _fact, _normalisation, _reached, teacher_of
 from .embeddings import Embedder, headless
-from .deploy import OnnxModel
+from .pte import EXPORTED
+from .pruning import _narrow
 
 # %% ../nbs/zoo.ipynb #ce27b831
 _torchvision_resnets = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
@@ -678,6 +679,7 @@ def _from_file(name, path, asked):
     counted = _counted(name, stored, asked)
     made = teacher_of(_made(name, counted))
     fitted = fitting(stored, made.model)
+    _narrow_as(made.model, fitted.state, stored)
     aux = _load(made.model, fitted.state, path, name)
     mean, std = _normalisation(stored.facts, counted.channels, path)
     crop = _fact(stored.facts, 'crop', path, 0.01, 1, float) or 1.
@@ -700,11 +702,20 @@ def _embedding_file(name, stored, asked):
     whole = own and set(model.state_dict()) <= set(fitting(stored, model).state)
     made = Embedder(model) if whole else headless(model)
     fitted, size = fitting(stored, made.model), asked.size
+    _narrow_as(made.model, fitted.state, stored)
     said = fitted.said + _load(made.model, fitted.state, path, name)
     mean, std = _normalisation(facts, asked.channels, path)
     size = size and (size, _fact(facts, 'crop', path, 0.01, 1, float) or 1.)
     clauses = dict(mean=mean, std=std, size=size, reached=_reached(facts, path))
     return Opened(Teacher(made, outputs='embedding', **clauses), said, '', True)
+
+# %% ../nbs/zoo.ipynb #me000021
+def _narrow_as(model, state, stored):
+    "Give the layers the widths of their tensors, if the file says that its network was pruned"
+    pruned, source = stored.facts.get('pruned', 'False'), stored.source
+    must(pruned in ('True', 'False'), f"the fact pruned that '{source}' names", pruned, 'True')
+    if pruned == 'False': return
+    for name, m in model.named_modules(): _narrow(m, name, state, source)
 
 # %% ../nbs/zoo.ipynb #c69ad499
 def _turned(stored, names, path):
@@ -775,10 +786,10 @@ def _architecture(path):
     return name
 
 # %% ../nbs/zoo.ipynb #ox240002
-def _from_onnx(name, weights, asked):
+def _from_export(name, weights, asked):
     "What is known of an exported network"
     must(weights is None, 'weights', weights, f"left out, since '{name}' brings its own")
-    model = OnnxModel(name)
+    model = EXPORTED[Path(name).suffix](name)
     own, names = model.own_contract, asked.names
     if names and own.get('classes') and not set(names) <= set(own['classes']):
         _class_order(own['classes'], names, name)
@@ -806,7 +817,7 @@ def opened(
     asked = _asked(classes, channels, size, images)
     _check_text(name=name, weights=weights or '')
     name = str(name)
-    if Path(name).suffix == '.onnx': return _from_onnx(name, weights, asked)
+    if Path(name).suffix in EXPORTED: return _from_export(name, weights, asked)
     if _is_weights(name):
         must(weights is None, 'weights', weights, f"left out, since '{name}' brings its own")
         name, weights = _architecture(name), name

@@ -14,7 +14,7 @@ and values of that kind that are empty, negative, huge, NaN, of another shape, o
     leaves    it was refused, but there are files that were not there before
     uncalled  there is no good call to change: add what is missing to GOOD
 """
-import argparse, contextlib, importlib, inspect, io, os, random, re, resource, signal, sys, tempfile, time, types
+import argparse, contextlib, importlib.util, inspect, io, os, random, re, resource, signal, sys, tempfile, time, types
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -672,9 +672,9 @@ def _onnx():
 
 GOOD |= {'export_onnx.path': lambda: 'new.onnx', 'export_onnx.model': _linear, 'export_onnx.data': lambda: images(24),
          'export_onnx.within': lambda: 1e-3,
-         'OnnxModel.path': _file, 'OnnxModel.run.array': lambda: images(24).x[:2].numpy(), 'file_cost.model': _onnx,
+         'OnnxModel.path': _file, 'ExportedModel.run.array': lambda: images(24).x[:2].numpy(), 'file_cost.model': _onnx,
          'file_cost.item': lambda: images(24).x[0]}
-INSTANCES |= {'OnnxModel': _onnx}
+INSTANCES |= {'ExportedModel': _onnx, 'OnnxModel': _onnx}
 
 
 def _traced(network, item, form, output):
@@ -692,6 +692,30 @@ def _traced(network, item, form, output):
             helper.make_tensor_value_info(output, TensorProto.FLOAT, ['n', len(made['network.1.bias'])])]
     graph = helper.make_graph(nodes, 'g', ends[:1], ends[1:], list(given.values()))
     return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+
+
+# pte
+KNOWING = Path(__file__).parent/'knowing.pte'  # what export_pte gives for `knowing()`, which takes seconds
+
+
+def _pte():
+    from distill_nb.pte import PteModel
+    return PteModel(KNOWING)
+
+
+def _lowered(network, item, batch, facts):
+    from distill_nb.pte import _END
+    made, own = network.network.state_dict(), knowing().state_dict()
+    same = made.keys() == own.keys() and all(torch.equal(v, own[k]) for k, v in made.items())
+    if not same or item.shape != (1, 4, 4): raise ValueError('model cannot be exported: it is another one.')
+    data = KNOWING.read_bytes()
+    return data[:_END.search(data).start()]
+
+
+GOOD |= {'export_pte.path': lambda: 'new.pte', 'export_pte.model': knowing, 'export_pte.data': lambda: images(24),
+         'export_pte.within': lambda: 1e-3, 'export_pte.batch': lambda: 32, 'PteModel.path': lambda: str(KNOWING),
+         'PteModel.cost.item': lambda: images(24).x[0]}
+INSTANCES |= {'PteModel': _pte}
 
 
 # zoo
@@ -856,7 +880,7 @@ GOOD |= {'take_turn.contender': Still, 'time_steps.contenders': lambda: {'still'
          'NaiveBf16.loss.x': lambda: torch.zeros(4, 1, 8, 8), 'NaiveBf16.loss.y': lambda: torch.arange(4)}
 WITHOUT |= {'Naive.step', 'NaiveBf16.step', 'PytorchTutorial.step'}  # they want a start
 WITHOUT |= {f'Torchdistill{part}' for part in ('', '.start', '.loss', '.step')}  # it may be absent
-STUBS = {'deploy': {'_traced': _traced},
+STUBS = {'deploy': {'_traced': _traced}, 'pte': {'_lowered': _lowered},
          'bench': {f'_measure_{what}': lambda *_: dict(measured()) for what in ('steps', 'methods')}}  # a minute
 
 
@@ -1120,6 +1144,7 @@ def modules():
     """Those with something public; not doors, whose functions are the checks, and cli, of which tests/test_commands.py
     tries the lines."""
     found = [p for p in sorted((Path(__file__).parent.parent/'distill_nb').glob('*.py')) if p.stem[0] != '_']
+    if not importlib.util.find_spec('executorch'): found = [p for p in found if p.stem != 'pte']
     return [p.stem for p in found if '__all__ = []' not in p.read_text() and p.stem not in ('doors', 'cli')]
 
 

@@ -254,7 +254,7 @@ def test_a_plan_that_is_killed_while_it_writes_files_resumes_to_the_same_result(
     (['--method', 'kd,dkd'], 'method'), (['--method', 'alone'], 'method'), (['--method', 'data_free'], 'method'),
     (['--threads', '0'], 'threads'), (['--calibration', '0'], 'calibration'), (['--resume'], 'holds no run'),
     (['--teacher', 'none.safetensors'], 'none.safetensors'), (['--teacher', 'blind.safetensors'], 'chance'),
-    (['--family', 'my.py:odd', '--widths', '1'], 'exported')])
+    (['--family', 'my.py:odd', '--widths', '1'], 'family: my.py:odd')])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

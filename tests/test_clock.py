@@ -2,6 +2,7 @@
 import gc, os, statistics, time
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -77,6 +78,39 @@ def test_a_file_has_as_many_threads_as_are_said(file, monkeypatch):
         [row] = measure({'file': own}, images(24).pixels([0])[0], (1,), threads=threads, **QUICK)
         assert row['threads'] == threads
     assert opened == [1, 2] and own.threads == 1
+
+
+def test_more_threads_than_cores_are_a_warning(monkeypatch, recwarn):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 3}, raising=False)
+    ask = lambda n: measure({'net': net()}, images(24).pixels([0])[0], (1,), threads=n, **QUICK)
+    ask(2)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match='threads is 3, but this process may use 2 cores') as found: ask(3)
+    assert found[0].filename == __file__
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {3})
+    with pytest.warns(UserWarning, match='may use 1 core: '): ask(2)
+    monkeypatch.delattr(os, 'sched_getaffinity')
+    monkeypatch.setattr(os, 'cpu_count', lambda: None)
+    with pytest.warns(UserWarning, match='may use 1 core: '): ask(2)
+
+
+def test_tokens_that_a_file_refuses_are_not_timed(tmp_path):
+    from distill_nb.deploy import export_onnx
+    text = export_onnx(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)), tmp_path/'t.onnx', torch.arange(9))
+    assert measure({'text': text}, torch.arange(9), (1,), **QUICK)[0]['latency_ms'] > 0
+    for wrong in (torch.arange(9) - 1, torch.zeros(10, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="'text' does not take: .*tokens must be"):
+            measure({'text': text}, wrong, (1,), **QUICK)
+
+
+@LINUX
+def test_the_peak_of_a_file_with_its_tensors_beside_it_is_known(file, tmp_path):
+    proto = onnx.load(file.path)
+    del proto.metadata_props[:]
+    onnx.save_model(proto, tmp_path/'f.onnx', save_as_external_data=True, location='w.bin', size_threshold=0)
+    item = torch.zeros(OnnxModel(file.path)._in.shape[1:])
+    [row] = measure({'f': OnnxModel(tmp_path/'f.onnx')}, item.to(torch.uint8), (1,), **QUICK | {'memory': True})
+    assert row['peak_bytes'] is not None
 
 
 def test_medians_of_a_clock_that_is_known():

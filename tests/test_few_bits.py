@@ -212,6 +212,17 @@ def test_eight_bits_change_little_and_two_change_more():
     assert off[0] < 0.03 < off[1] < off[2]
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_precision_is_rounded_in_float32(dtype):
+    model, x = convolutional().to(dtype), images().get(torch.arange(9)).x
+    found = few_bits(model, images())
+    assert {t.dtype for t in (*found.parameters(), *found.buffers()) if t.is_floating_point()} == {torch.float32}
+    assert torch.equal(found(x), few_bits(copy.deepcopy(model).float(), images())(x))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    own = DistillBits(model, images(), weights=2, examine=False)
+    assert own(images().get(torch.arange(9)))['soft'] > 0
+
+
 def test_the_student_teaches_its_rounded_copy_unless_there_is_another_teacher():
     student, data = convolutional(), images()
     fit(Supervised(student), data, replace(RECIPE, steps=60), progress=False)

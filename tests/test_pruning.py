@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from distill_nb import pruning
 from distill_nb.contract import Teacher
+from distill_nb.embeddings import headless
 from distill_nb.files import fingerprint, save_weights
 from distill_nb.logits import Distill
 from distill_nb.models import CifarResNet, digit_student, resnet8, resnet14, wrn_16_1
@@ -263,6 +264,30 @@ def test_a_missing_extra_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
     with pytest.raises(ValueError, match=r"torch_pruning could not be imported .*pip install 'distill_nb\[deploy\]'"):
         prune_channels(net(), images())
+
+
+def test_a_pruned_file_that_says_so_opens_by_its_name(tmp_path):
+    path, facts = tmp_path/'w.safetensors', dict(architecture='resnet8', channels=3, size=32, mean=[0.4]*3, std=[0.2]*3)
+    small = prune_channels(lively(resnet8()), IMAGE, 0.5).eval()
+    save_weights(small, path, list('0123456789'), **facts, pruned=True)
+    for found in (open_model(path), open_model('resnet8', path), open_model(f'{path}::')):
+        assert repr(found.model) == repr(small) and same(found.model.state_dict(), small.state_dict())
+        assert torch.equal(found.model.eval()(BATCH), small(BATCH))
+        assert found.classes == list('0123456789') and found.size == 32
+    with pytest.raises(ValueError, match='fc.weight'): open_model(path, classes=2)
+    for wrong, said in ((dict(pruned='half'), "pruned that '.*' names must be True, but is 'half'"),
+                        (dict(pruned=False), 'bn1.bias is 8 but must be 16'),
+                        (dict(pruned=True, architecture='resnet8_w0.25'), 'of a layer with fewer channels')):
+        save_weights(small, path, **facts | wrong)
+        with pytest.raises(ValueError, match=said): open_model(path)
+
+
+def test_a_pruned_network_without_classes_opens_by_its_name(tmp_path):
+    small = headless(prune_channels(lively(resnet8()), IMAGE, 0.5)).eval()
+    save_weights(small, tmp_path/'e.safetensors', architecture='resnet8', channels=3, size=32, outputs='embedding',
+                 pruned=True)
+    found = open_model(tmp_path/'e.safetensors')
+    assert found.outputs == 'embedding' and torch.equal(found.model.eval()(BATCH), small(BATCH))
 
 
 def test_only_a_pruned_file_of_the_same_network_opens(tmp_path):

@@ -10,12 +10,12 @@ from tools.notebooks import (NBS, ROOT, bibliography, code_hash, form, head, ker
 
 # Lowest first: a module imports only from those before it.
 MODULES = ['doors', 'pictures', 'files', 'ranks', 'weights', 'hub', 'rows', 'losses', 'successors', 'theory',
-           'views', 'protocol', 'data', 'images', 'scans', 'folders', 'sets', 'vocabulary', 'text', 'models',
-           'vit', 'gpt', 'devices', 'contract', 'students', 'history', 'training', 'tracking', 'compare', 'exam',
-           'logits', 'answers', 'cache', 'distillation_token', 'taps', 'features', 'tokens', 'similarity',
-           'embeddings', 'embed', 'chunks', 'causal', 'language', 'self_distillation', 'dino', 'inversion',
-           'exits', 'data_free', 'deploy', 'zoo', 'teachers', 'clock', 'quantize', 'few_bits', 'pruning', 'inference',
-           'methods', 'report', 'plan', 'export_run', 'run', 'plan_run', 'embed_run', 'language_run', 'bench', 'cli']
+           'views', 'protocol', 'data', 'images', 'scans', 'folders', 'sets', 'vocabulary', 'text', 'models', 'vit',
+           'gpt', 'devices', 'contract', 'students', 'history', 'training', 'tracking', 'compare', 'exam', 'logits',
+           'answers', 'cache', 'distillation_token', 'taps', 'features', 'tokens', 'similarity', 'embeddings',
+           'embed', 'chunks', 'causal', 'language', 'self_distillation', 'dino', 'inversion', 'exits', 'data_free',
+           'deploy', 'pte', 'pruning', 'zoo', 'teachers', 'clock', 'quantize', 'few_bits', 'inference', 'methods',
+           'report', 'plan', 'export_run', 'run', 'plan_run', 'embed_run', 'language_run', 'bench', 'cli']
 S = settings()
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
 TRACKED = TRACKED or [str(p.relative_to(ROOT)) for p in ROOT.rglob('*') if p.is_file()]

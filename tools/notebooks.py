@@ -49,7 +49,7 @@ def runs(cell, flags=()):
 
 def code_hash(nb):
     "A short hash of all code of a notebook; which extra Colab installs changes no output."
-    plain = lambda s: re.sub(r"'\w+\[\w+\] @ (git\S+)'", r'\1', s) if '-e /content' in s else s
+    plain = lambda s: re.sub(r"'\w+\[[\w,]+\] @ (git\S+)'", r'\1', s) if '-e /content' in s else s
     code = [plain(''.join(c['source'])) for c in nb['cells'] if c['cell_type'] == 'code']
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
@@ -198,12 +198,14 @@ def how_long(took):
 
 
 _EDGE = re.compile(r'^from distill_nb\.(deploy|clock|quantize|pruning|export_run) import', re.M)
+_PTE = re.compile(r'^from distill_nb\.pte import', re.M)
 
 
 def extra_of(path):
     "The extra whose packages the cells of the notebook at `path` use, in brackets; nothing for most."
     cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
     lessons = [s for s in cells if not s.startswith('#| export')]
+    if any(map(_PTE.search, lessons)): return '[deploy,executorch]'
     return '[deploy]' if path.stem == 'plan_run' or any(map(_EDGE.search, lessons)) else ''
 
 
