@@ -35,8 +35,8 @@ DEVICES = {'cpu': '', 'gpu': CARD}
 ON_THE_PROCESSOR = {'clock', 'quantize', 'pte', 'export_run', 'plan_run', '03_models', 'methods', 'dino', 'your_own',
                     'cli', 'embed_run', 'language_run'}
 # Long pages whose methods or commands those tests try as well: they run on the pretended GPU every week.
-SLOW_ON_THE_GPU = {'00_theory', '07_features', '08_self', '09_data_free', '11_language', 'embed', 'exam', 'index',
-                   'inversion', 'ranks', 'similarity'}
+SLOW_ON_THE_GPU = {'00_theory', '07_features', '08_self', '09_data_free', '11_language', 'distillation_token', 'embed',
+                   'exam', 'exits', 'index', 'inversion', 'ranks', 'similarity', 'tokens'}
 NEEDS = {'pte': 'executorch'}  # what a page needs, and `dev` does not bring
 
 
