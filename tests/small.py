@@ -1,5 +1,5 @@
 """Data sets and networks that train in a moment, for several test files."""
-import hashlib, math
+import copy, hashlib, math
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from distill_nb.views import CropFlip
 from distill_nb.protocol import Batch, Data, Measure
 from distill_nb.data import ImageData
+from distill_nb.models import digit_student
 from distill_nb.training import Recipe, Supervised, fit
 
 RECIPE = Recipe(steps=12, batch_size=16, lr=0.05, precision='float32')
@@ -86,6 +87,21 @@ def write_folder(root, parts=('train', 'test'), classes=('cat', 'dog'), n=10, **
         for c, name in enumerate(classes):
             for k in range(n): write_image(root/part/name/f'{k:02}.png', seed=100*c + k + 10_000*p, **kwargs)
     return root
+
+
+def digits_student(splits):
+    "A student of the digits that trained for a moment."
+    torch.manual_seed(0)
+    model = digit_student()
+    fit(Supervised(model), splits.train, Recipe(epochs=4, batch_size=64, lr=0.05), device='cpu', progress=False)
+    return model
+
+
+def by_hand(model, pixels, mean, std):
+    "The answers for pixels, in float64 from the first operation on: normalised as the data set's page says."
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
+    model = copy.deepcopy(model).double().eval()
+    with torch.no_grad(): return model((pixels.double() / 255 - mean) / std)
 
 
 def _onnx_file(path, steps, weights, given, rows, facts):

@@ -404,7 +404,7 @@ def test_wrong_lines_end_soon_with_one_line_that_names_what_is_wrong_and_leave_n
         if chosen.random() > share: continue
         found, n = tried(make, line), n + 1
         if why := found.why_not(line): wrong[str(line)[:200]] = why, found
-    assert wrong == {} and n > 120
+    assert wrong == {} and n > 180
 
 
 def main(word=''):

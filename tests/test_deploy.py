@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from small import images, net
+from small import by_hand, digits_student, images, net
 from distill_nb import deploy
 from distill_nb.cache import CachedTeacher
 from distill_nb.clock import measure
@@ -20,7 +20,7 @@ from distill_nb.exam import check_teacher
 from distill_nb.gpt import build_gpt
 from distill_nb.logits import Distill
 from distill_nb.models import digit_student, profile_model
-from distill_nb.training import Recipe, Supervised, evaluate, fit, predict
+from distill_nb.training import Recipe, evaluate, fit
 from distill_nb.zoo import build_model, open_model
 
 
@@ -39,24 +39,13 @@ def splits(): return digits()
 
 
 @pytest.fixture(scope='module')
-def student(splits):
-    torch.manual_seed(0)
-    model = digit_student()
-    fit(Supervised(model), splits.train, Recipe(epochs=4, batch_size=64, lr=0.05), device='cpu', progress=False)
-    return model
+def student(splits): return digits_student(splits)
 
 
 @pytest.fixture(scope='module')
 def file(student, splits, tmp_path_factory):
     path = tmp_path_factory.mktemp('file')/'student.onnx'
     return export_onnx(student, path, splits.train, architecture='digit_student', setting='all labels')
-
-
-def by_hand(model, pixels, mean, std):
-    "The answers for pixels, in float64: normalised as the data set's page says."
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
-    model = copy.deepcopy(model).double().eval()
-    with torch.no_grad(): return model((pixels.double() / 255 - mean) / std)
 
 
 # --- what is computed

@@ -14,13 +14,13 @@ from distill_nb import clock, export_run, pte, run
 from distill_nb.clock import measure
 from distill_nb.contract import Teacher
 from distill_nb.data import digits
-from distill_nb.models import count_macs, digit_student
+from distill_nb.models import count_macs
 from distill_nb.pte import PteModel, export_pte
-from distill_nb.training import Recipe, Supervised, evaluate, fit, predict
+from distill_nb.training import evaluate, predict
 from distill_nb.zoo import open_model
 from distill_nb.cli import distill_nb, distill_nb_export, distill_nb_predict, run_command
 from distill_nb.files import save_weights
-from small import images, net, small_file
+from small import by_hand, digits_student, images, net, small_file
 
 
 @pytest.fixture(scope='module')
@@ -28,11 +28,7 @@ def splits(): return digits()
 
 
 @pytest.fixture(scope='module')
-def student(splits):
-    torch.manual_seed(0)
-    model = digit_student()
-    fit(Supervised(model), splits.train, Recipe(epochs=4, batch_size=64, lr=0.05), device='cpu', progress=False)
-    return model.train()
+def student(splits): return digits_student(splits).train()
 
 
 @pytest.fixture(scope='module')
@@ -48,18 +44,12 @@ def quick(file, monkeypatch):
     monkeypatch.setattr(pte, '_lowered', lambda *_: data[:pte._END.search(data).start()])
 
 
-def exact(student, x, data):
-    "What the student answers to pixels, in float64 from the first operation on."
-    mean, std = (torch.tensor(v).double().view(-1, 1, 1) for v in (data.mean, data.std))
-    with torch.no_grad(): return copy.deepcopy(student).double().eval()((x.double()/255 - mean)/std)
-
-
 # --- the same answers
 
 @pytest.mark.parametrize('n', [1, 2, 32, 33, 70])
 def test_answers_are_those_of_torch(file, student, splits, n):
     x = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
-    expected = exact(student, x, splits.train)
+    expected = by_hand(student, x, splits.train.mean, splits.train.std)
     assert (file(x) - expected).abs().max() < 2e-6*expected.abs().max() and file(x).dtype == torch.float32
 
 
